@@ -1,0 +1,105 @@
+"""Search gradients: Monte-Carlo estimates of the gradient of the upper bound.
+
+U(mu, sigma) = E[f(w)], w = mu + sigma z, z ~ N(0, I). From N members with
+noise z_n and utilities u_n (losses less a baseline, or any shaping of them),
+with beta = log sigma^2 and products taken elementwise:
+
+    dU/dmu     = 1/N sum_n u_n z_n / sigma                         [1, eq. 12]
+    dU/dbeta_g = 1/N sum_n u_n (|z_ng|^2 - D_g) / 2                [1, eq. 12]
+
+where g is a group of D_g weights that share one variance. (Eq. 12 is in terms
+of sigma^2: dU/dbeta = sigma^2 dU/dsigma^2; the factor 1/2 and |z|^2 - D are
+corrections of misprints in eq. 9 and 11.)
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+    [2] Wierstra et al., "Natural Evolution Strategies", JMLR 15, 2014.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from keras_vo.layout import WeightLayout
+
+__all__ = [
+    "log_variance_gradient",
+    "mean_gradient",
+    "natural_log_variance_gradient",
+    "natural_mean_gradient",
+    "pair_utilities",
+    "weighted_excess",
+    "weighted_noise",
+]
+
+
+def pair_utilities(
+    utilities: tf.Tensor, antithetic: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What each draw's noise is weighted with, for mu and for beta.
+
+    An antithetic draw z serves two members, mu + sigma z and mu - sigma z
+    [1, eq. 22]. As z is odd and z^2 even, their terms add up to
+
+        u+ z + u- (-z) = (u+ - u-) z,   (u+ + u-)(z^2 - 1).
+
+    Args:
+        utilities: [N]; if antithetic, members n and n + N/2 are a pair.
+        antithetic: whether they are.
+
+    Returns:
+        Weights for z and weights for z^2 - 1, each [draws].
+    """
+    if not antithetic:
+        return utilities, utilities
+    plus, minus = tf.split(utilities, 2)
+    return plus - minus, plus + minus
+
+
+def weighted_noise(noise: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """sum_n a_n z_n: noise [n, d] and weights [n] to [d]."""
+    return tf.linalg.matvec(noise, weights, transpose_a=True)
+
+
+def weighted_excess(
+    noise: tf.Tensor, weights: tf.Tensor, layout: WeightLayout
+) -> tf.Tensor:
+    """sum_n b_n (|z_ng|^2 - D_g): noise [n, d], weights [n] to [groups]."""
+    sizes = tf.cast(tf.constant(layout.group_sizes), noise.dtype)
+    if layout.groups is None:
+        sizes = tf.ones([], noise.dtype)
+    excess = layout.group_sums(tf.square(noise)) - sizes
+    return tf.linalg.matvec(excess, weights, transpose_a=True)
+
+
+def mean_gradient(
+    noise_sum: tf.Tensor, stddev: tf.Tensor, population_size: int
+) -> tf.Tensor:
+    """dU/dmu [d] from `weighted_noise` summed over the population."""
+    return noise_sum / (population_size * stddev)
+
+
+def log_variance_gradient(
+    excess_sum: tf.Tensor, population_size: int
+) -> tf.Tensor:
+    """dU/dbeta [groups] from `weighted_excess` summed over the population."""
+    return excess_sum / (2 * population_size)
+
+
+def natural_mean_gradient(gradient: tf.Tensor, stddev: tf.Tensor) -> tf.Tensor:
+    """F^-1 dU/dmu with F_mu = 1 / sigma^2 [1, eq. 20-21]."""
+    return tf.square(stddev) * gradient
+
+
+def natural_log_variance_gradient(
+    gradient: tf.Tensor, layout: WeightLayout
+) -> tf.Tensor:
+    """F^-1 dU/dbeta; a variance shared by D weights has F_beta = D / 2.
+
+    (One weight has F_beta = 1/2: eq. 20 of [1] gives 1 / (2 sigma^4) for
+    sigma^2, and d sigma^2 / d beta = sigma^2. Weights add up.)
+    """
+    if layout.groups is None:
+        return 2.0 * gradient
+    sizes = tf.cast(tf.constant(layout.group_sizes), gradient.dtype)
+    return gradient * 2.0 / sizes

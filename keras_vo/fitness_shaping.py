@@ -1,0 +1,177 @@
+"""Fitness shaping: from the losses of a population to its utilities.
+
+A utility is what the search gradient weighs a member's noise with. Shaping
+only has to keep the order (a higher loss, a higher utility) and the sum 0;
+the choice trades the size of the loss for robustness to its scale and to
+outliers. Equal losses get equal utilities.
+
+A member whose loss is not finite gets the worst utility: the highest finite
+loss stands in for it here, and it ranks behind every finite loss. If no loss
+is finite all utilities are 0.
+
+References:
+    [1] Wierstra et al., "Natural Evolution Strategies", JMLR 15, 2014.
+    [2] Salimans et al., "Evolution Strategies as a Scalable Alternative to
+        Reinforcement Learning", arXiv 1703.03864, 2017.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["centered_rank", "get", "identity", "nes", "standardize"]
+
+Shaping = Callable[[tf.Tensor], tf.Tensor]
+
+
+def identity(losses: tf.Tensor, antithetic: bool = False) -> tf.Tensor:
+    """The loss itself, less the mean loss of the other draws.
+
+    u_n = f_n - b_n, where the baseline b_n is the mean over all members that
+    do not share member n's noise. b_n is independent of z_n, so the search
+    gradient stays unbiased.
+
+    Args:
+        losses: losses [N].
+        antithetic: whether member n and member n + N/2 mirror each other's
+            noise. Both are then left out of either's baseline.
+
+    Returns:
+        Utilities [N], of sum 0.
+    """
+    losses = _worst_finite_for_non_finite(losses)
+    count = losses.shape[0]
+    own = losses
+    shared = 1
+    if antithetic:
+        own = losses + tf.roll(losses, count // 2, axis=0)
+        shared = 2
+    if count == shared:  # a single draw has no others to compare with
+        return losses - tf.reduce_mean(losses)
+    # Centring first keeps the digits that a common offset would take.
+    center = tf.reduce_mean(losses)
+    others = (shared * center - own) / (count - shared)
+    return losses - center - others
+
+
+def standardize(losses: tf.Tensor) -> tf.Tensor:
+    """The z-score: u_n = (f_n - mean f) / std f.
+
+    Args:
+        losses: losses [N].
+
+    Returns:
+        Utilities [N], of mean 0 and variance 1; all 0 if the losses are equal.
+    """
+    losses = _worst_finite_for_non_finite(losses)
+    # Losses of up to 1e30 would overflow when squared: scale them first.
+    losses -= tf.reduce_mean(losses)
+    losses = tf.math.divide_no_nan(losses, tf.reduce_max(tf.abs(losses)))
+    return tf.math.divide_no_nan(losses, tf.math.reduce_std(losses))
+
+
+def centered_rank(losses: tf.Tensor) -> tf.Tensor:
+    """Ranks spread evenly over [-0.5, 0.5], the highest loss at 0.5 [2].
+
+    u_n = rank_n / (N - 1) - 0.5 with ranks 0..N-1 of ascending loss.
+
+    Args:
+        losses: losses [N].
+
+    Returns:
+        Utilities [N], of sum 0. Equal losses share their mean rank.
+    """
+    return _by_rank(losses, np.linspace(-0.5, 0.5, losses.shape[0]))
+
+
+def nes(losses: tf.Tensor) -> tf.Tensor:
+    """The log-rank utilities of natural evolution strategies [1].
+
+    Of the losses in ascending order, k = 1..N, member k has the weight
+
+        w_k = max(0, log(N/2 + 1) - log k) / sum_j max(0, log(N/2 + 1) - log j)
+
+    and the utility 1 - N w_k, so that 1/N sum_n u_n z_n = mean z - sum w z.
+
+    Args:
+        losses: losses [N].
+
+    Returns:
+        Utilities [N], of sum 0. Equal losses share their mean utility.
+    """
+    count = losses.shape[0]
+    weights = np.maximum(
+        0.0, np.log(count / 2 + 1) - np.log(np.arange(1, count + 1))
+    )
+    return _by_rank(losses, 1.0 - count * weights / weights.sum())
+
+
+_SHAPINGS: dict[str, Shaping] = {
+    "identity": identity,
+    "standardize": standardize,
+    "centered_rank": centered_rank,
+    "nes": nes,
+}
+
+
+def get(shaping: str | Shaping, antithetic: bool) -> Shaping:
+    """Looks a shaping up, and checks what a callable returns.
+
+    Args:
+        shaping: "identity", "standardize", "centered_rank", "nes", or a
+            callable from finite losses [N] to utilities [N].
+        antithetic: whether members n and n + N/2 are mirrored pairs.
+
+    Raises:
+        ValueError: an unknown name, or (when called) a callable that returns
+            another shape than it was given.
+    """
+    if shaping in ("identity", identity):
+        return functools.partial(identity, antithetic=antithetic)
+    if callable(shaping):
+        if shaping in _SHAPINGS.values():
+            return shaping
+        return functools.partial(_checked, shaping)
+    if shaping not in _SHAPINGS:
+        raise ValueError(
+            "`fitness_shaping` must be a callable or one of "
+            f"{sorted(_SHAPINGS)}. Received: fitness_shaping={shaping!r}"
+        )
+    return _SHAPINGS[shaping]
+
+
+def _checked(shaping: Shaping, losses: tf.Tensor) -> tf.Tensor:
+    safe = _worst_finite_for_non_finite(losses)
+    utilities = tf.convert_to_tensor(shaping(safe))
+    if utilities.shape != losses.shape:
+        raise ValueError(
+            "A callable `fitness_shaping` must return one utility per member, "
+            f"a tensor of shape {tuple(losses.shape)}. Received: "
+            f"shape {tuple(utilities.shape)} from {shaping!r}"
+        )
+    return tf.cast(utilities, losses.dtype)
+
+
+def _by_rank(losses: tf.Tensor, table: np.ndarray) -> tf.Tensor:
+    """Entry k of `table` for the member of rank k; ties share their mean."""
+    finite = tf.math.is_finite(losses)
+    losses = tf.where(finite, losses, tf.constant(np.inf, losses.dtype))
+    ascending = tf.sort(losses)
+    first = tf.searchsorted(ascending, losses, side="left")
+    end = tf.searchsorted(ascending, losses, side="right")
+    cumulative = tf.constant(np.concatenate([[0.0], np.cumsum(table)]))
+    total = tf.gather(cumulative, end) - tf.gather(cumulative, first)
+    mean = total / tf.cast(end - first, total.dtype)
+    return tf.cast(mean, losses.dtype)
+
+
+def _worst_finite_for_non_finite(losses: tf.Tensor) -> tf.Tensor:
+    finite = tf.math.is_finite(losses)
+    lowest = tf.constant(losses.dtype.min, losses.dtype)
+    worst = tf.reduce_max(tf.where(finite, losses, lowest))
+    worst = tf.where(tf.reduce_any(finite), worst, tf.zeros_like(worst))
+    return tf.where(finite, losses, worst)

@@ -1,0 +1,61 @@
+"""Seeded standard-normal noise, one stream a member of the population.
+
+Draw n of generation t comes from the seed fold_in(fold_in(seed, t), n), so a
+member's noise depends neither on how the population is cut into chunks nor on
+what was drawn before it, and can be drawn again instead of being kept.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+__all__ = ["draw_noise", "draw_seed", "generation_seed"]
+
+
+def generation_seed(seed: tf.Tensor, generation: tf.Tensor) -> tf.Tensor:
+    """The stateless seed [2] int64 of one generation.
+
+    Args:
+        seed: scalar int64, the base seed of the search.
+        generation: scalar integer, the number of generations before this one.
+    """
+    base = tf.stack([tf.cast(seed, tf.int64), tf.zeros([], tf.int64)])
+    return tf.random.fold_in(base, tf.cast(generation, tf.int64))
+
+
+def draw_seed(seed: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
+    """The stateless seed [2] int32, as TFP takes it, of one draw.
+
+    Args:
+        seed: stateless seed [2] of the generation, from `generation_seed`.
+        draw: scalar int64, the index of the draw in its generation.
+    """
+    return tf.random.stateless_uniform(
+        [2], tf.random.fold_in(seed, draw), None, None, tf.int32
+    )
+
+
+@tf.function(reduce_retracing=True, autograph=False)
+def draw_noise(
+    seed: tf.Tensor, draws: tf.Tensor, size: int, dtype: tf.DType
+) -> tf.Tensor:
+    """Draws z ~ N(0, I), one row for each entry of `draws`.
+
+    Args:
+        seed: stateless seed [2] of the generation, from `generation_seed`.
+        draws: indices [n] of the draws in their generation, int64.
+        size: number of weights d.
+        dtype: floating dtype of the noise.
+
+    Returns:
+        Noise [n, size]. Row i depends on `seed` and `draws[i]` only.
+    """
+    standard_normal = tfp.distributions.Normal(
+        tf.zeros([], dtype), tf.ones([], dtype)
+    )
+    return tf.map_fn(
+        lambda draw: standard_normal.sample([size], draw_seed(seed, draw)),
+        draws,
+        fn_output_signature=tf.TensorSpec([size], dtype),
+    )

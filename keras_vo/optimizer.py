@@ -1,0 +1,619 @@
+"""VOOptimizer: variational optimization as a Keras optimizer.
+
+    seeds -> noise -> perturbed weights -> losses -> utilities
+          -> search gradient -> natural gradient -> mu, sigma
+
+Each arrow is a function of another module; this one owns the state (seed,
+generation, sigma, and the inner optimizer that moves mu) and wires them.
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+    [2] Wierstra et al., "Natural Evolution Strategies", JMLR 15, 2014.
+    [3] Salimans et al., "Evolution Strategies as a Scalable Alternative to
+        Reinforcement Learning", arXiv 1703.03864, 2017.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_vo import estimators
+from keras_vo import fitness_shaping as shaping_lib
+from keras_vo import noise as noise_lib
+from keras_vo import search_distribution as distribution_lib
+from keras_vo.evaluation import ChunkPlan, NoiseSource, evaluate_population
+
+__all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
+
+Objective = Callable[[list[tf.Tensor]], Any]
+
+_PLAIN_MODEL = (
+    "VOOptimizer evaluates a population of perturbed models, which the "
+    "training step of a plain Keras model cannot do. Expected one of: a model "
+    "built as `keras_vo.VOModel(inputs, outputs)` or "
+    "`keras_vo.VOSequential([...])`; a subclass "
+    "`class MyModel(keras_vo.VOTrainStep, keras.Model)`; or "
+    "`keras_vo.make_variational(model)` for a model that exists already. "
+    "Without a model, call `optimizer.minimize(objective, variables)`. "
+    "Received: gradients or a loss from another training step."
+)
+
+
+class Generation(NamedTuple):
+    """What one step of the search evaluated.
+
+    Attributes:
+        losses: the members' losses [N], as evaluated. With antithetic
+            sampling, member n + N/2 mirrors member n.
+        mean_loss: their mean, a scalar: an estimate of the upper bound
+            U [1, eq. 6]. Non-finite losses are left out; NaN if all are.
+        nonfinite_members: how many losses were not finite, int32.
+    """
+
+    losses: tf.Tensor
+    mean_loss: tf.Tensor
+    nonfinite_members: tf.Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class VOOptimizer(keras.optimizers.Optimizer):
+    """Trains weights by variational optimization, from forward passes only.
+
+    Instead of the loss f(w), it minimises the upper bound
+
+        U(mu, sigma) = E[f(w)],   w ~ N(mu, diag sigma^2)       [1, eq. 6]
+
+    by search gradients: each step draws `population_size` weights around the
+    model's own (mu), evaluates their losses, and moves mu and sigma towards
+    the better ones. Neither f nor the network is ever differentiated.
+
+    Compile it into a `VOModel`, `VOSequential`, a subclass of `VOTrainStep`
+    or a model given to `make_variational`; or call `minimize`.
+
+    Args:
+        inner_optimizer: the Keras optimizer, or its name, that moves mu by
+            the search gradient. Its learning rate (and schedule), weight
+            decay, EMA and clipping act as they do on any gradient.
+        population_size: number N of members evaluated a step; even if
+            `antithetic`.
+        search_distribution: a `GaussianSearchDistribution`, or its variance:
+            "fixed", "isotropic", "layerwise" or "separable".
+        natural_gradient: whether to precondition the search gradients with
+            the inverse Fisher information [1, eq. 19-21].
+        antithetic: whether members come in pairs mu + sigma z, mu - sigma z
+            [1, eq. 22]. It removes the even part of f from the gradient of
+            mu.
+        fitness_shaping: how losses become utilities: "identity",
+            "standardize", "centered_rank" [3], "nes" [2], or a callable from
+            finite losses [N] to utilities [N] (higher for a higher loss).
+        max_kl: bound, in nats, on the KL divergence between the search
+            distributions before and after a step. A step beyond it, that of
+            the inner optimizer included, is shrunk along its own direction.
+            `None`: no bound. Not to be combined with an inner optimizer that
+            keeps an EMA.
+        seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
+            from Python's `random`, as `keras.utils.set_random_seed` sets it.
+        chunk_size: members evaluated at once. `None`: as many as are fast and
+            fit `memory_budget`. The search does not depend on it; lower it
+            where the activations of a chunk take too much memory.
+        memory_budget: bytes for noise and perturbed weights. Within it noise
+            is kept for the gradient, otherwise drawn a second time. At least
+            one member's weights must exist, so a model larger than the budget
+            goes beyond it. Activations come on top.
+        name: name of the optimizer.
+
+    Raises:
+        ValueError: an argument out of its range, or an inner optimizer whose
+            options cannot work here (gradient accumulation, loss scaling).
+
+    Example:
+
+    >>> model = keras_vo.VOSequential([keras.layers.Dense(10)])
+    >>> model.compile(optimizer=keras_vo.VOOptimizer(), loss=zero_one_error)
+    >>> model.fit(x, y)
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: str | keras.optimizers.Optimizer = "adam",
+        population_size: int = 128,
+        search_distribution: (
+            str | distribution_lib.GaussianSearchDistribution
+        ) = "layerwise",
+        *,
+        natural_gradient: bool = True,
+        antithetic: bool = True,
+        fitness_shaping: str | shaping_lib.Shaping = "centered_rank",
+        max_kl: float | None = None,
+        seed: int | None = None,
+        chunk_size: int | None = None,
+        memory_budget: int = 2**29,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            raise ValueError(
+                "VOOptimizer has no such argument; what concerns the step of "
+                "the mean (learning rate, weight decay, clipping, EMA) is set "
+                f"on `inner_optimizer`. Received: {kwargs}"
+            )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = _checked_inner(inner_optimizer, max_kl)
+        self.population_size = _checked_size(population_size, antithetic)
+        self.search_distribution = distribution_lib.get(search_distribution)
+        self.natural_gradient = bool(natural_gradient)
+        self.antithetic = bool(antithetic)
+        self.fitness_shaping = fitness_shaping
+        self._shape_fitness = shaping_lib.get(fitness_shaping, self.antithetic)
+        self.max_kl = None if max_kl is None else _positive("max_kl", max_kl)
+        self.seed = None if seed is None else _checked_seed(seed)
+        if chunk_size is not None:
+            chunk_size = int(_positive("chunk_size", chunk_size))
+        self.chunk_size = chunk_size
+        self.memory_budget = int(_positive("memory_budget", memory_budget))
+
+    # --- state ---
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates sigma, the seed, and the inner optimizer's variables.
+
+        Args:
+            variables: the trainable variables, mu.
+
+        Raises:
+            ValueError: there are none, or one of them is not floating.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        _check_variables(variables)
+        self._layout = self.search_distribution.layout(variables)
+        self._variable_ids = tuple(id(v) for v in variables)
+        self._variable_names = tuple(_name(v) for v in variables)
+        self.inner_optimizer.build(variables)
+        self._seed = self.add_variable((), dtype="int64", name="seed")
+        self._seed.assign(
+            random.randint(0, 2**31 - 1) if self.seed is None else self.seed
+        )
+        self._log_variance = self.add_variable(
+            (len(self._layout.group_sizes),),
+            initializer=keras.initializers.Constant(
+                2.0 * math.log(self.search_distribution.stddev)
+            ),
+            dtype=self._layout.dtype.name,
+            name="log_variance",
+        )
+        super().build(variables)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The search's own variables, then the inner optimizer's."""
+        return super().variables + self.inner_optimizer.variables
+
+    @property
+    def iterations(self) -> Any:
+        """Number of updates of the mean (and what its schedule counts)."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def generations(self) -> Any:
+        """Number of populations drawn: updates, and steps without one."""
+        return super().iterations
+
+    @property
+    def base_seed(self) -> Any:
+        """The variable that seeds all noise, a scalar int64."""
+        self._check_built("base_seed")
+        return self._seed
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the mean: the inner optimizer's."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def stddevs(self) -> list[tf.Tensor]:
+        """Current sigma, a tensor of each trainable variable's shape.
+
+        Raises:
+            ValueError: the optimizer is not built yet.
+        """
+        self._check_built("stddevs")
+        stddev = self._stddev(tf.convert_to_tensor(self._log_variance))
+        return self._layout.unflatten(
+            tf.broadcast_to(stddev, [self._layout.size])
+        )
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    # --- the search ---
+
+    def minimize(
+        self, objective: Objective, variables: Sequence[Any]
+    ) -> tf.Tensor:
+        """Takes one step on any objective; no Keras model is needed.
+
+        Called eagerly, it calls `objective` once a member with concrete
+        values, so that it may be any Python code. Called in a `tf.function`,
+        it is compiled and vectorized over the population, which is fast.
+
+        Args:
+            objective: from a list of weight tensors, shaped like `variables`,
+                to a scalar loss.
+            variables: Keras or TensorFlow variables, the mean mu. The same
+                list in every call.
+
+        Returns:
+            The mean loss of the population, a scalar: see
+            `Generation.mean_loss`.
+
+        Raises:
+            ValueError: no variables, others than before, or an objective
+                whose value is not a scalar.
+        """
+        return self.step(objective, variables).mean_loss
+
+    def step(
+        self,
+        objective: Objective,
+        variables: Sequence[Any],
+        jit_compile: bool = False,
+    ) -> Generation:
+        """Evaluates one generation and updates mu and sigma.
+
+        If no member's loss is finite, weights, sigma and the inner optimizer
+        are left as they are; only the next generation's noise is another.
+
+        Args:
+            objective: see `minimize`.
+            variables: see `minimize`.
+            jit_compile: whether XLA compiles the evaluation of the members.
+
+        Returns:
+            The evaluated generation.
+        """
+        variables = list(variables)
+        self._check_strategy()
+        if not self.built:
+            with tf.init_scope():
+                self.build(variables)
+        self._check_same(variables)
+        layout = self._layout
+        mean = layout.flatten(variables)
+        log_variance = tf.convert_to_tensor(self._log_variance)
+        losses, source = evaluate_population(
+            lambda vector: _scalar(
+                objective(layout.unflatten(vector)), layout.dtype
+            ),
+            mean,
+            self._stddev(log_variance),
+            self._noise_source(),
+            (1.0, -1.0) if self.antithetic else (1.0,),
+            jit_compile=jit_compile,
+        )
+        finite = tf.math.is_finite(losses)
+
+        def update() -> tf.Tensor:
+            mean_gradient, log_variance_gradient = self._gradients(
+                source, self._shape_fitness(losses), log_variance
+            )
+            self._update(
+                variables,
+                mean,
+                log_variance,
+                layout.unflatten(mean_gradient),
+                log_variance_gradient,
+            )
+            return tf.constant(True)
+
+        tf.cond(tf.reduce_any(finite), update, lambda: tf.constant(False))
+        self.assign_add(self.generations, 1)
+        return Generation(
+            losses,
+            tf.reduce_mean(tf.boolean_mask(losses, finite)),
+            tf.math.count_nonzero(~finite, dtype=tf.int32),
+        )
+
+    def _stddev(self, log_variance: tf.Tensor) -> tf.Tensor:
+        return self._layout.expand(tf.exp(0.5 * log_variance))
+
+    def _noise_source(self) -> NoiseSource:
+        layout = self._layout
+        members = 2 if self.antithetic else 1
+        plan = ChunkPlan.make(
+            self.population_size // members,
+            members,
+            layout.size * layout.dtype.size,
+            self.memory_budget,
+            self.chunk_size,
+        )
+        seed = noise_lib.generation_seed(
+            tf.convert_to_tensor(self._seed),
+            tf.convert_to_tensor(self.generations),
+        )
+        return NoiseSource(plan, seed, layout.size, layout.dtype)
+
+    def _gradients(
+        self,
+        source: NoiseSource,
+        utilities: tf.Tensor,
+        log_variance: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Gradients of U for mu [d] and beta [groups]."""
+        layout = self._layout
+        adapts = self.search_distribution.adapts
+
+        def sums(
+            z: tf.Tensor, odd: tf.Tensor, even: tf.Tensor
+        ) -> list[tf.Tensor]:
+            terms = [estimators.weighted_noise(z, odd)]
+            if adapts:
+                terms.append(estimators.weighted_excess(z, even, layout))
+            return terms
+
+        noise_sum, *excess = source.reduce(
+            sums, estimators.pair_utilities(utilities, self.antithetic)
+        )
+        stddev = self._stddev(log_variance)
+        size = self.population_size
+        mean_gradient = estimators.mean_gradient(noise_sum, stddev, size)
+        variance_gradient = (
+            estimators.log_variance_gradient(excess[0], size)
+            if adapts
+            else tf.zeros_like(log_variance)
+        )
+        if self.natural_gradient:
+            return (
+                estimators.natural_mean_gradient(mean_gradient, stddev),
+                estimators.natural_log_variance_gradient(
+                    variance_gradient, layout
+                ),
+            )
+        return mean_gradient, variance_gradient
+
+    def _update(
+        self,
+        variables: list[Any],
+        mean: tf.Tensor,
+        log_variance: tf.Tensor,
+        mean_gradients: list[tf.Tensor],
+        log_variance_gradient: tf.Tensor,
+    ) -> None:
+        """Steps mu by the inner optimizer, beta by its own learning rate."""
+        self.inner_optimizer.apply(mean_gradients, variables)
+        proposal = log_variance
+        if self.search_distribution.adapts:
+            proposal = self.search_distribution.update(
+                log_variance, log_variance_gradient
+            )
+        if self.max_kl is None:
+            self.assign(self._log_variance, proposal)
+            return
+        layout = self._layout
+        mean_change = layout.flatten(variables) - mean
+        log_change = proposal - log_variance
+        share = distribution_lib.largest_step(
+            lambda share: distribution_lib.kl_divergence(
+                share * mean_change,
+                layout.expand(log_variance),
+                layout.expand(log_variance + share * log_change),
+            ),
+            self.max_kl,
+            layout.dtype,
+        )
+        self.assign(self._log_variance, log_variance + share * log_change)
+
+        def shrink() -> tf.Tensor:
+            shrunk = layout.unflatten(mean + share * mean_change)
+            for variable, value in zip(variables, shrunk, strict=True):
+                self.assign(variable, value)
+            return tf.constant(True)
+
+        tf.cond(share < 1, shrink, lambda: tf.constant(False))
+
+    # --- checks ---
+
+    def _check_built(self, what: str) -> None:
+        if not self.built:
+            raise ValueError(
+                f"`{what}` exists once the optimizer is built: call "
+                "`build(variables)`, `minimize` or a model's `fit` first. "
+                "Received: an optimizer that is not built"
+            )
+
+    def _check_strategy(self) -> None:
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                "VOOptimizer expects a single replica: training under a "
+                "tf.distribute strategy of several is not supported yet. "
+                f"Received: a strategy with {replicas} replicas"
+            )
+
+    def _check_same(self, variables: list[Any]) -> None:
+        if tuple(id(v) for v in variables) != self._variable_ids:
+            raise ValueError(
+                "Expected the variables this optimizer was built with, "
+                f"{list(self._variable_names)}. Received: "
+                f"{[_name(v) for v in variables]}. After a change of what is "
+                "trainable, compile the model with a new VOOptimizer."
+            )
+
+    def scale_loss(self, loss: Any) -> Any:
+        raise ValueError(_PLAIN_MODEL)
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        raise ValueError(_PLAIN_MODEL)
+
+    # --- saving ---
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores the search.
+
+        Raises:
+            ValueError: `store` was saved by an optimizer of other structure.
+        """
+        if self.built and len(store.keys()):
+            expected = [tuple(v.shape) for v in self.variables]
+            keys = sorted(store.keys(), key=int)
+            received = [tuple(store[key].shape) for key in keys]
+            if expected != received:
+                raise ValueError(
+                    "The checkpoint holds a search of another structure. "
+                    "Expected, for a "
+                    f"{self.search_distribution.variance!r} search "
+                    "distribution with inner optimizer "
+                    f"{self.inner_optimizer.name!r}, variables of shapes "
+                    f"{expected}. Received: {received}. "
+                    "(`model.load_weights(path, skip_mismatch=True)` loads "
+                    "the model's weights and starts a new search.)"
+                )
+        super().load_own_variables(store)
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.saving.serialize_keras_object
+        shaping = self.fitness_shaping
+        return {
+            "name": self.name,
+            "inner_optimizer": serialize(self.inner_optimizer),
+            "population_size": self.population_size,
+            "search_distribution": serialize(self.search_distribution),
+            "natural_gradient": self.natural_gradient,
+            "antithetic": self.antithetic,
+            "fitness_shaping": (
+                shaping if isinstance(shaping, str) else serialize(shaping)
+            ),
+            "max_kl": self.max_kl,
+            "seed": self.seed,
+            "chunk_size": self.chunk_size,
+            "memory_budget": self.memory_budget,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> VOOptimizer:
+        config = dict(config)
+        for key, value in config.items():
+            if isinstance(value, dict):
+                config[key] = keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+        return cls(**config)
+
+
+def find_vo_optimizer(optimizer: Any) -> VOOptimizer | None:
+    """The VOOptimizer in a chain of wrappers such as LossScaleOptimizer."""
+    while optimizer is not None and not isinstance(optimizer, VOOptimizer):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
+def _checked_inner(inner: Any, max_kl: float | None) -> Any:
+    inner = keras.optimizers.get(inner)
+    if isinstance(inner, (VOOptimizer, keras.optimizers.LossScaleOptimizer)):
+        raise ValueError(
+            "`inner_optimizer` must be a Keras optimizer that moves weights "
+            f"by a gradient. Received: inner_optimizer={inner!r}"
+        )
+    for option in ("gradient_accumulation_steps", "loss_scale_factor"):
+        if getattr(inner, option, None) is not None:
+            raise ValueError(
+                f"`{option}` of the inner optimizer must be None: each step "
+                "is a search gradient of its own, with no loss to scale and "
+                "none to accumulate (raise `population_size` instead). "
+                f"Received: {option}={getattr(inner, option)}"
+            )
+    if max_kl is not None and inner.use_ema:
+        raise ValueError(
+            "`max_kl` must be None where the inner optimizer keeps an EMA: "
+            "the average would hold steps that the bound took back. "
+            f"Received: max_kl={max_kl} and use_ema=True"
+        )
+    return inner
+
+
+def _checked_size(population_size: int, antithetic: bool) -> int:
+    try:
+        size = operator.index(population_size)
+    except TypeError:
+        size = 0
+    if size < 2 or (antithetic and size % 2):
+        expected = "an even integer" if antithetic else "an integer"
+        raise ValueError(
+            f"`population_size` must be {expected} of 2 or more with "
+            f"antithetic={antithetic}. "
+            f"Received: population_size={population_size!r}"
+        )
+    return size
+
+
+def _checked_seed(seed: int) -> int:
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise ValueError(
+            "`seed` must be None or an integer in [0, 2**63). "
+            f"Received: seed={seed!r}"
+        )
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(
+            f"`{name}` must be a positive number. Received: {name}={value!r}"
+        )
+    return value
+
+
+def _check_variables(variables: list[Any]) -> None:
+    if not variables:
+        raise ValueError(
+            "Expected at least one trainable weight to search over. "
+            "Received: none (is every layer frozen?)"
+        )
+    for variable in variables:
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if "float" not in dtype or getattr(
+            variable, "overwrite_with_gradient", False
+        ):
+            raise ValueError(
+                "Expected trainable weights of a floating dtype that an "
+                "optimizer updates by a step. Received: "
+                f"{_name(variable)!r} of dtype {dtype}"
+            )
+
+
+def _name(variable: Any) -> str:
+    return str(getattr(variable, "path", variable.name))
+
+
+def _scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
+    if loss is None:
+        raise ValueError(
+            "The objective must return a scalar loss. Received: None"
+        )
+    loss = tf.convert_to_tensor(loss)
+    if loss.shape.rank is None:
+        loss = tf.ensure_shape(loss, [])
+    if loss.shape.rank != 0:
+        raise ValueError(
+            "The objective must return a scalar loss. "
+            f"Received: a tensor of shape {tuple(loss.shape)}"
+        )
+    return tf.cast(loss, dtype)

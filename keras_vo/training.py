@@ -1,0 +1,307 @@
+"""Keras models whose training step is one step of variational optimization.
+
+`VOTrainStep` replaces `train_step` and nothing else that a user of
+`compile`, `fit`, callbacks, saving and export sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+# Keras does not export the class that functional models are instances of.
+from keras.src.models.functional import Functional
+
+from keras_vo import noise
+from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
+
+__all__ = ["VOModel", "VOSequential", "VOTrainStep", "make_variational"]
+
+if TYPE_CHECKING:  # what the mixin is mixed into is as untyped as Keras
+    from typing import Any as _KerasModel
+else:
+    _KerasModel = object
+
+
+class _PopulationMetrics:
+    """The metrics of the population, in the epoch's log.
+
+    A plain holder: a Keras model may not be given further metrics of its own
+    once it is built.
+    """
+
+    def __init__(self) -> None:
+        self.loss = keras.metrics.Mean(name="population_loss")
+        self.nonfinite = keras.metrics.Sum(name="nonfinite_members")
+
+    def update(self, generation: Generation) -> None:
+        any_finite = tf.math.is_finite(generation.mean_loss)
+        self.loss.update_state(
+            tf.where(any_finite, generation.mean_loss, 0.0),
+            sample_weight=tf.cast(any_finite, tf.float32),
+        )
+        self.nonfinite.update_state(generation.nonfinite_members)
+
+    def as_list(self) -> list[Any]:
+        return [self.loss, self.nonfinite]
+
+
+class VOTrainStep(_KerasModel):
+    """Mixin that trains a Keras model with a `VOOptimizer`.
+
+    Put it before the Keras class:
+
+        class MyModel(keras_vo.VOTrainStep, keras.Model): ...
+
+    The model must be compiled with a `VOOptimizer`. Then `fit` and
+    `train_on_batch` log, beside the loss and the metrics of the mean network
+    (the model as it stands), `population_loss`, the mean loss of the perturbed
+    members, and `nonfinite_members`, how many members' losses were not finite
+    since the epoch began.
+
+    Each member's loss is that of `compute_loss` with all of its terms
+    (regularizers, `add_loss`) at the member's weights and `training=True`.
+    Batch statistics are the member's own; moving statistics follow the mean
+    network. Random layers (dropout) show all members the same mask, a function
+    of the optimizer's seed and generation.
+    """
+
+    jit_compile: bool  # Keras's property
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step: metrics of the mean network, then a generation.
+
+        Args:
+            data: what `fit` passes: x, (x, y) or (x, y, sample_weight).
+
+        Returns:
+            The metrics' results by name.
+
+        Raises:
+            TypeError: the model is compiled without a `VOOptimizer`.
+            ValueError: it has no trainable weights.
+        """
+        optimizer = self._require_vo_optimizer()
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not optimizer.built:
+            self(x)  # creates the weights of a model that is not built yet
+            with tf.init_scope():
+                optimizer.build(self.trainable_variables)
+        self._seed_random_layers(optimizer)
+        y_pred = self._call_in_training(x)
+        loss = self._training_loss(x, y, y_pred, sample_weight)
+        batch_size = tf.shape(keras.tree.flatten(x)[0])[0]
+        # Not the metric called "loss": the user may have one of that name.
+        self._loss_tracker.update_state(loss, sample_weight=batch_size)
+
+        def objective(weights: list[tf.Tensor]) -> Any:
+            mapping = zip(self.trainable_variables, weights, strict=True)
+            # One scope around both calls: regularizers and add_loss are
+            # evaluated at the member's weights, and all updates dropped.
+            with keras.StatelessScope(mapping, collect_losses=True):
+                y_pred = self._call_in_training(x)
+                return self._training_loss(x, y, y_pred, sample_weight)
+
+        generation = optimizer.step(
+            objective, self.trainable_variables, self.jit_compile
+        )
+        self._population_metrics.update(generation)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def test_step(self, data: Any) -> Any:
+        """As in Keras; the population's metrics belong to training."""
+        logs = super().test_step(data)
+        if isinstance(logs, dict):
+            population = {m.name for m in self._population_metrics.as_list()}
+            logs = {k: v for k, v in logs.items() if k not in population}
+        return logs
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As in Keras, but XLA compiles the evaluation of members only.
+
+        The same seed gives other normals under XLA, and whether "auto" means
+        XLA depends on the machine.
+        """
+        jit_compile = self.jit_compile
+        self.jit_compile = False
+        try:
+            return super().make_train_function(force)
+        finally:
+            self.jit_compile = jit_compile
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Keras, but never leaves out the state of the search.
+
+        Keras skips an optimizer that is not built yet.
+        """
+        optimizer = find_vo_optimizer(self.optimizer) if self.compiled else None
+        if optimizer is not None and self.built and not optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        super().load_weights(filepath, *args, **kwargs)
+
+    @property
+    def metrics(self) -> list[Any]:
+        """All metrics; those of the population are the last."""
+        return [*super().metrics, *self._population_metrics.as_list()]
+
+    @property
+    def _population_metrics(self) -> _PopulationMetrics:
+        # Created on demand: make_variational() runs no constructor.
+        if "_population_metrics_holder" not in self.__dict__:
+            with tf.init_scope():
+                self._population_metrics_holder = _PopulationMetrics()
+        return self._population_metrics_holder
+
+    def _require_vo_optimizer(self) -> VOOptimizer:
+        optimizer = find_vo_optimizer(self.optimizer)
+        if optimizer is None:
+            raise TypeError(
+                f"{type(self).__name__} trains by variational optimization "
+                "only. Expected: "
+                "`model.compile(optimizer=keras_vo.VOOptimizer(...))`. "
+                f"Received: optimizer={self.optimizer!r}"
+            )
+        return optimizer
+
+    def _seed_random_layers(self, optimizer: VOOptimizer) -> None:
+        """Sets the seeds of random layers from seed and generation.
+
+        Keras does not save them: a resumed run would draw other masks.
+        """
+        weights = {id(v) for v in self.weights}
+        states = [v for v in self.variables if id(v) not in weights]
+        if not states:
+            return
+        seed = noise.generation_seed(
+            tf.convert_to_tensor(optimizer.base_seed),
+            tf.convert_to_tensor(optimizer.generations),
+        )
+        for index, state in enumerate(states):
+            # Negative: the population's draws have the indices from 0.
+            own = noise.draw_seed(seed, tf.constant(-1 - index, tf.int64))
+            state.assign(tf.bitcast(own, tf.uint32))
+
+    def _call_in_training(self, x: Any) -> Any:
+        if "training" in inspect.signature(self.call).parameters:
+            return self(x, training=True)
+        return self(x)
+
+    def _training_loss(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any
+    ) -> Any:
+        kwargs = {}
+        if "training" in inspect.signature(self.compute_loss).parameters:
+            kwargs["training"] = True
+        return self.compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class VOModel(VOTrainStep, keras.Model):
+    """`keras.Model` trained by variational optimization.
+
+    Use it as `keras_vo.VOModel(inputs, outputs)`, or subclass it. See
+    `VOTrainStep` for what training does.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> VOModel:
+        if cls is VOModel and (args or "inputs" in kwargs):
+            return Functional.__new__(VOFunctional, *args, **kwargs)
+        return super().__new__(cls, *args, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class VOFunctional(VOModel, Functional):
+    """What `VOModel(inputs, outputs)` is an instance of."""
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class VOSequential(VOTrainStep, keras.Sequential):
+    """`keras.Sequential` trained by variational optimization.
+
+    See `VOTrainStep` for what training does. (`keras.models.clone_model`
+    returns a plain Sequential: give that to `make_variational`.)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class VariationalSubclass(VOTrainStep):
+    """What `make_variational` makes of a user's own subclass of `keras.Model`.
+
+    It is saved as the original inside this class, so that a process that
+    converted no model before can load it.
+    """
+
+    original_class: type
+
+    def get_config(self) -> dict[str, Any]:
+        variational = type(self)
+        self.__class__ = variational.original_class
+        try:
+            config = keras.saving.serialize_keras_object(self)
+        finally:
+            self.__class__ = variational
+        config.pop("compile_config", None)  # the outer object has it
+        return {"model": config}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Any:
+        return make_variational(
+            keras.saving.deserialize_keras_object(
+                config["model"], custom_objects=custom_objects
+            )
+        )
+
+
+@functools.cache
+def _variational_subclass(original: Any) -> type:
+    variational = type(
+        f"Variational{original.__name__}",
+        (VariationalSubclass, original),
+        {"original_class": original, "__module__": __name__},
+    )
+    # Under the one name that a fresh process knows as well.
+    return keras.saving.register_keras_serializable(
+        package="keras_vo", name=VariationalSubclass.__name__
+    )(variational)
+
+
+def make_variational(model: Any) -> Any:
+    """Makes an existing Keras model trainable by variational optimization.
+
+    Args:
+        model: a functional, Sequential or subclassed `keras.Model`, built or
+            not, compiled or not.
+
+    Returns:
+        The same object with the same layers, weights and compile settings,
+        whose class now has `VOTrainStep`. Compile it with a `VOOptimizer`
+        before `fit`.
+
+    Raises:
+        TypeError: `model` is not a `keras.Model`.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a functional, Sequential or subclassed "
+            f"keras.Model. Received: model={model!r} of type {type(model)}"
+        )
+    if isinstance(model, VOTrainStep):
+        return model
+    if type(model) is Functional:
+        model.__class__ = VOFunctional
+    elif type(model) is keras.Sequential:
+        model.__class__ = VOSequential
+    else:
+        original: Any = type(model)
+        model.__class__ = _variational_subclass(original)
+    model.train_function = None  # it would run the former class's train_step
+    model.test_function = None
+    return model
