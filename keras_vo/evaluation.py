@@ -9,10 +9,12 @@ between the two passes where it fits the memory budget, else drawn again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -226,13 +228,26 @@ def _chunk_evaluator(
         tf.function, jit_compile=jit_compile or None, autograph=False
     )
     try:
-        evaluate = compiled(vectorized).get_concrete_function(noise)
+        with _quiet_tensorflow():
+            evaluate = compiled(vectorized).get_concrete_function(noise)
     except (NotImplementedError, ValueError):
         # No vectorized form; or the objective's own error, raised again here.
         return compiled(mapped).get_concrete_function(noise)
     if jit_compile and _uses_tensor_lists(evaluate.graph.as_graph_def()):
         return compiled(mapped).get_concrete_function(noise)
     return evaluate
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """Silences what TensorFlow logs when it finds no vectorized form."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _uses_tensor_lists(graph: Any) -> bool:

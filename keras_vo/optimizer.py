@@ -32,6 +32,9 @@ from keras_vo.evaluation import ChunkPlan, NoiseSource, evaluate_population
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
+# Of an inner optimizer given by name. BUILD_NOTES.md, "Defaults".
+_LEARNING_RATE = 0.01
+
 Objective = Callable[[list[tf.Tensor]], Any]
 
 _PLAIN_MODEL = (
@@ -78,9 +81,10 @@ class VOOptimizer(keras.optimizers.Optimizer):
     or a model given to `make_variational`; or call `minimize`.
 
     Args:
-        inner_optimizer: the Keras optimizer, or its name, that moves mu by
-            the search gradient. Its learning rate (and schedule), weight
-            decay, EMA and clipping act as they do on any gradient.
+        inner_optimizer: the Keras optimizer that moves mu by the search
+            gradient. Its learning rate (and schedule), weight decay, EMA and
+            clipping act as they do on any gradient. A name stands for that
+            optimizer with learning rate 0.01 and otherwise Keras's defaults.
         population_size: number N of members evaluated a step; even if
             `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:
@@ -522,7 +526,15 @@ def find_vo_optimizer(optimizer: Any) -> VOOptimizer | None:
 
 
 def _checked_inner(inner: Any, max_kl: float | None) -> Any:
-    inner = keras.optimizers.get(inner)
+    if isinstance(inner, str):
+        inner = keras.optimizers.get(
+            {
+                "class_name": inner,
+                "config": {"learning_rate": _LEARNING_RATE},
+            }
+        )
+    else:
+        inner = keras.optimizers.get(inner)
     if isinstance(inner, (VOOptimizer, keras.optimizers.LossScaleOptimizer)):
         raise ValueError(
             "`inner_optimizer` must be a Keras optimizer that moves weights "

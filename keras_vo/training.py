@@ -94,7 +94,8 @@ class VOTrainStep(_KerasModel):
         self._seed_random_layers(optimizer)
         y_pred = self._call_in_training(x)
         loss = self._training_loss(x, y, y_pred, sample_weight)
-        batch_size = tf.shape(keras.tree.flatten(x)[0])[0]
+        inputs = [i for i in keras.tree.flatten(x) if i is not None]
+        batch_size = tf.shape(inputs[0])[0]
         # Not the metric called "loss": the user may have one of that name.
         self._loss_tracker.update_state(loss, sample_weight=batch_size)
 
