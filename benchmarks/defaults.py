@@ -43,31 +43,28 @@ ROWS = {
     "default": ({}, {}, None),
     **{
         f"population_size={n}": ({"population_size": n}, {}, None)
-        for n in (32, 64, 128, 256)
+        for n in (64, 256)
     },
     **{
         f"learning rate {rate}": ({}, {}, rate)
-        for rate in (0.001, 0.003, 0.01, 0.03)
+        for rate in (0.001, 0.005, 0.01, 0.05)
     },
-    **{
-        f"stddev={s}": ({}, {"stddev": s}, None)
-        for s in (0.02, 0.05, 0.1, 0.2, 0.3)
-    },
+    **{f"stddev={s}": ({}, {"stddev": s}, None) for s in (0.05, 0.1, 0.4)},
     **{
         f"variance={v}": ({}, {"variance": v}, None)
-        for v in ("fixed", "isotropic", "layerwise", "separable")
+        for v in ("fixed", "isotropic", "separable")
     },
     **{
         f"variance learning rate {rate}": ({}, {"learning_rate": rate}, None)
-        for rate in (0.03, 0.1, 0.3, 1.0)
+        for rate in (0.03, 0.3, 1.0)
     },
     **{
         f"fitness_shaping={s}": ({"fitness_shaping": s}, {}, None)
-        for s in ("identity", "standardize", "centered_rank", "nes")
+        for s in ("identity", "standardize", "nes")
     },
     "natural_gradient=False": ({"natural_gradient": False}, {}, None),
     "antithetic=False": ({"antithetic": False}, {}, None),
-    **{f"max_kl={kl}": ({"max_kl": kl}, {}, None) for kl in (1.0, 10.0)},
+    "max_kl=10": ({"max_kl": 10.0}, {}, None),
 }
 
 
@@ -160,7 +157,7 @@ def main(argv):
             row, seed, small, nll, 64, 128 * 1200
         ),
         "0-1": lambda row, seed: classify(
-            row, seed, small, zero_one_error, 64, 128 * 2400
+            row, seed, small, zero_one_error, 64, 128 * 1200
         ),
         "himmel": lambda row, seed: minimize(
             row, seed, himmelblau, [0.0, 0.0], 128 * 1000
@@ -172,7 +169,7 @@ def main(argv):
     if FLAGS.mnist:
         images = mnist(FLAGS.mnist)
         tasks["mnist"] = lambda row, seed: classify(
-            row, seed, images, nll, 64, 128 * 800
+            row, seed, images, nll, 64, 128 * 400
         )
     print(f"| {'one change':<28} | " + " | ".join(tasks) + " |", flush=True)
     print("|---" * (len(tasks) + 1) + "|", flush=True)

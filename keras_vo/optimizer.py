@@ -33,7 +33,7 @@ from keras_vo.evaluation import ChunkPlan, NoiseSource, evaluate_population
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 # Of an inner optimizer given by name. BUILD_NOTES.md, "Defaults".
-_LEARNING_RATE = 0.01
+_LEARNING_RATE = 0.02
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
@@ -84,7 +84,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         inner_optimizer: the Keras optimizer that moves mu by the search
             gradient. Its learning rate (and schedule), weight decay, EMA and
             clipping act as they do on any gradient. A name stands for that
-            optimizer with learning rate 0.01 and otherwise Keras's defaults.
+            optimizer with learning rate 0.02 and otherwise Keras's defaults.
         population_size: number N of members evaluated a step; even if
             `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:

@@ -52,7 +52,7 @@ class GaussianSearchDistribution:
     def __init__(
         self,
         variance: str = "layerwise",
-        stddev: float = 0.05,
+        stddev: float = 0.2,
         learning_rate: float = 0.1,
         min_stddev: float = 1e-6,
         max_stddev: float = 1e3,

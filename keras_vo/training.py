@@ -211,14 +211,38 @@ class VOModel(VOTrainStep, keras.Model):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> VOModel:
-        if cls is VOModel and (args or "inputs" in kwargs):
+        if cls is VOModel and _functional_arguments(args, kwargs):
             return Functional.__new__(VOFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not _functional_arguments(args, kwargs):
+            super().__init__(*args, **kwargs)
+            return
+        # A subclass that calls `super().__init__(inputs, outputs)`. Keras
+        # would make VOModel itself functional, for all its subclasses.
+        _make_functional(type(self))
+        VOFunctional.__init__(self, *args, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
 class VOFunctional(VOModel, Functional):
     """What `VOModel(inputs, outputs)` is an instance of."""
+
+    __init__ = Functional.__init__
+
+
+def _functional_arguments(args: Any, kwargs: Any) -> bool:
+    return len(args) >= 2 or "inputs" in kwargs or "outputs" in kwargs
+
+
+def _make_functional(cls: type) -> type:
+    """Puts `VOFunctional` in the place of `VOModel` among the bases."""
+    if cls is VOModel:
+        return VOFunctional
+    if issubclass(cls, VOModel):
+        cls.__bases__ = tuple(_make_functional(base) for base in cls.__bases__)
+    return cls
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")

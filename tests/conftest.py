@@ -1,0 +1,20 @@
+"""Quiet TensorFlow, and a fresh, seeded Keras for every test."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import pytest
+import tensorflow as tf
+
+# "n out of the last n calls triggered retracing": every test is a new model.
+tf.get_logger().setLevel("ERROR")
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy("float32")
