@@ -188,11 +188,18 @@ class VOOptimizer(keras.optimizers.Optimizer):
         )
         self._log_variance = self.add_variable(
             (len(self._layout.group_sizes),),
-            initializer=keras.initializers.Constant(
-                2.0 * math.log(self.search_distribution.stddev)
-            ),
             dtype=self._layout.dtype.name,
             name="log_variance",
+        )
+        # By assignment: an initializer's constant passes through float32.
+        self._log_variance.assign(
+            tf.fill(
+                self._log_variance.shape,
+                tf.constant(
+                    2.0 * math.log(self.search_distribution.stddev),
+                    self._layout.dtype,
+                ),
+            )
         )
         super().build(variables)
 

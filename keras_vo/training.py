@@ -87,10 +87,10 @@ class VOTrainStep(_KerasModel):
         """
         optimizer = self._require_vo_optimizer()
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if not optimizer.built:
+        if not self.optimizer.built:
             self(x)  # creates the weights of a model that is not built yet
             with tf.init_scope():
-                optimizer.build(self.trainable_variables)
+                self.optimizer.build(self.trainable_variables)
         self._seed_random_layers(optimizer)
         y_pred = self._call_in_training(x)
         loss = self._training_loss(x, y, y_pred, sample_weight)
@@ -139,8 +139,12 @@ class VOTrainStep(_KerasModel):
 
         Keras skips an optimizer that is not built yet.
         """
-        optimizer = find_vo_optimizer(self.optimizer) if self.compiled else None
-        if optimizer is not None and self.built and not optimizer.built:
+        if (
+            self.compiled
+            and self.built
+            and find_vo_optimizer(self.optimizer)
+            and not self.optimizer.built
+        ):
             self.optimizer.build(self.trainable_variables)
         super().load_weights(filepath, *args, **kwargs)
 

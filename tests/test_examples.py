@@ -41,8 +41,8 @@ def test_digits_learns_plots_and_exports(tmp_path):
     assert re.search(r"generations +180\n", output)
     png = (tmp_path / "plots" / "learning_curve.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20_000
-    served = tf.saved_model.load(str(tmp_path / "model")).serve
-    probabilities = served(np.zeros([2, 64], "float32")).numpy()
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    probabilities = served.serve(np.zeros([2, 64], "float32")).numpy()
     np.testing.assert_allclose(probabilities.sum(-1), 1.0, rtol=1e-5)
 
 
@@ -63,8 +63,9 @@ def test_readme_code_runs(tmp_path):
     assert short[0] != blocks[0] and short[1] != blocks[1]
     checks = [
         "import numpy, keras",
-        "served = tf.saved_model.load('digits').serve(x[:5])",
-        "numpy.testing.assert_allclose(served, model.predict(x[:5]), 1e-4)",
+        "served = tf.saved_model.load('digits')",
+        "got = served.serve(x[:5])",
+        "numpy.testing.assert_allclose(got, model.predict(x[:5]), 1e-4)",
         "keras.models.load_model('digits.keras')",
     ]
     run("-c", "\n".join([short[0], *checks]), cwd=tmp_path)

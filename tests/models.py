@@ -1,0 +1,75 @@
+"""Small models and data that several test files share."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_vo
+
+FEATURES, CLASSES = 4, 3
+
+
+def make_data(n=24, seed=0):
+    """Three separable classes: x [n, 4], labels [n, 1]."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, CLASSES, size=(n, 1))
+    x = rng.normal(size=(n, FEATURES)) + 4 * np.eye(CLASSES, FEATURES)[y[:, 0]]
+    return x.astype("float32"), y
+
+
+def make_layers(**kwargs):
+    return [
+        keras.layers.Dense(5, activation="relu", **kwargs),
+        keras.layers.Dense(CLASSES, activation="softmax"),
+    ]
+
+
+def make_optimizer(**kwargs):
+    kwargs.setdefault("population_size", 8)
+    kwargs.setdefault("seed", 7)
+    kwargs.setdefault("inner_optimizer", keras.optimizers.Adam(0.05))
+    return keras_vo.VOOptimizer(**kwargs)
+
+
+def make_model(layers=None, optimizer=None, shape=(FEATURES,), **compiling):
+    """A compiled VOSequential with the same initial weights every time."""
+    keras.utils.set_random_seed(1)
+    model = keras_vo.VOSequential(
+        [keras.Input(shape), *(layers or make_layers())]
+    )
+    compiling.setdefault("loss", "sparse_categorical_crossentropy")
+    model.compile(optimizer=optimizer or make_optimizer(), **compiling)
+    return model
+
+
+def fit(model, *data, **kwargs):
+    """Two epochs of three batches in a fixed order."""
+    data = data or make_data()
+    kwargs = {
+        "epochs": 2,
+        "batch_size": 8,
+        "verbose": 0,
+        "shuffle": False,
+    } | kwargs
+    return model.fit(*data, **kwargs).history
+
+
+def weights(model):
+    return np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+
+def search_state(model):
+    """Every number that decides how training goes on."""
+    return [weights(model)] + [
+        np.asarray(v.numpy()) for v in model.optimizer.variables
+    ]
+
+
+def assert_same_state(first, second):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def zero_one_error(y_true, y_pred):
+    wrong = tf.argmax(y_pred, -1) != tf.cast(tf.squeeze(y_true, -1), tf.int64)
+    return tf.cast(wrong, tf.float32)

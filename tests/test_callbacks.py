@@ -1,0 +1,107 @@
+"""Keras callbacks around a VO model."""
+
+import csv
+
+import keras
+import models
+import numpy as np
+
+
+def test_early_stopping_restores_the_best_weights():
+    x, y = models.make_data()
+    model = models.make_model(
+        optimizer=models.make_optimizer(
+            inner_optimizer=keras.optimizers.SGD(30.0)  # runs away
+        )
+    )
+    stop = keras.callbacks.EarlyStopping(
+        "loss", patience=2, restore_best_weights=True
+    )
+    history = models.fit(model, x, y, epochs=40, callbacks=[stop])
+    losses = history["loss"]
+    assert len(losses) < 40 and np.argmin(losses) == len(losses) - 3
+
+
+def test_learning_rate_callbacks_reach_the_inner_optimizer():
+    model = models.make_model()
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "loss", factor=0.5, patience=1, min_delta=1e9, min_lr=0.0
+    )
+    history = models.fit(model, epochs=4, callbacks=[plateau])
+    np.testing.assert_allclose(
+        history["learning_rate"], [0.05, 0.05, 0.025, 0.0125], rtol=1e-6
+    )
+    assert float(model.optimizer.inner_optimizer.learning_rate) < 0.0126
+
+    schedule = keras.callbacks.LearningRateScheduler(lambda e: 0.1 / (e + 1))
+    models.fit(model, epochs=2, callbacks=[schedule])
+    np.testing.assert_allclose(
+        float(model.optimizer.inner_optimizer.learning_rate), 0.05, rtol=1e-6
+    )
+
+
+def test_model_checkpoint(tmp_path):
+    x, y = models.make_data()
+    model = models.make_model()
+    models.fit(
+        model,
+        callbacks=[
+            keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
+            keras.callbacks.ModelCheckpoint(
+                tmp_path / "{epoch}.weights.h5", save_weights_only=True
+            ),
+        ],
+    )
+    whole = keras.models.load_model(tmp_path / "2.keras")
+    only_weights = models.make_model()
+    only_weights.load_weights(tmp_path / "2.weights.h5")
+    for copy in (whole, only_weights):
+        models.assert_same_state(
+            models.search_state(copy), models.search_state(model)
+        )
+    first = keras.models.load_model(tmp_path / "1.keras")
+    assert np.any(models.weights(first) != models.weights(model))
+
+
+def test_csv_logger(tmp_path):
+    path = tmp_path / "log.csv"
+    history = models.fit(
+        models.make_model(), callbacks=[keras.callbacks.CSVLogger(path)]
+    )
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for key in ("loss", "population_loss", "nonfinite_members"):
+        np.testing.assert_allclose(
+            [float(row[key]) for row in rows], history[key], rtol=1e-6
+        )
+
+
+def test_terminate_on_nan():
+    model = models.make_model(loss=lambda y, p: 0.0 * p[:, 0] + np.nan)
+    history = models.fit(
+        model, epochs=5, callbacks=[keras.callbacks.TerminateOnNaN()]
+    )
+    assert len(history["loss"]) == 1
+
+
+def test_tensorboard(tmp_path):
+    models.fit(
+        models.make_model(),
+        callbacks=[keras.callbacks.TensorBoard(tmp_path, write_graph=False)],
+    )
+    assert list((tmp_path / "train").glob("events*"))
+
+
+def test_swap_ema_weights():
+    x, y = models.make_data()
+    inner = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
+    model = models.make_model(
+        optimizer=models.make_optimizer(inner_optimizer=inner)
+    )
+    history = models.fit(model, x, y, epochs=3)
+    # At the end of fit, the average replaces the weights.
+    average = [v for v in inner.variables if "average" in v.path]
+    np.testing.assert_allclose(
+        models.weights(model), np.concatenate([np.ravel(a) for a in average])
+    )
+    assert np.isfinite(history["loss"]).all()

@@ -1,0 +1,231 @@
+"""Kinds of layers under a population: random, normalising, recurrent, ..."""
+
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_vo
+from keras_vo import noise
+
+layers = keras.layers
+
+
+def sequences():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 6, size=(16, 5)), rng.normal(size=(16, 1))
+
+
+def images():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(16, 6, 6, 1)).astype("float32"), rng.normal(
+        size=(16, 1)
+    )
+
+
+ARCHITECTURES = {
+    "gru": (
+        sequences,
+        lambda: [layers.Embedding(6, 3, mask_zero=True), layers.GRU(4)],
+    ),
+    "lstm": (
+        sequences,
+        lambda: [
+            layers.Embedding(6, 3),
+            layers.Bidirectional(layers.LSTM(2)),
+        ],
+    ),
+    "conv": (
+        images,
+        lambda: [layers.Conv2D(2, 3, activation="relu"), layers.Flatten()],
+    ),
+    "depthwise": (
+        images,
+        lambda: [
+            layers.DepthwiseConv2D(3),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+        ],
+    ),
+    "norm": (
+        images,
+        lambda: [
+            layers.Flatten(),
+            layers.Dense(4),
+            layers.LayerNormalization(),
+        ],
+    ),
+}
+
+
+def train(name, **compiling):
+    data, body = ARCHITECTURES[name]
+    x, y = data()
+    keras.utils.set_random_seed(1)
+    model = models.make_model(
+        [*body(), layers.Dense(1)], shape=x.shape[1:], loss="mse", **compiling
+    )
+    history = models.fit(model, x, y, epochs=4)
+    return model, history
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_train_and_population_is_of_their_weights(name):
+    """Every trainable weight moves; jit and eager agree with the graph."""
+    model, history = train(name)
+    assert history["nonfinite_members"] == [0.0] * 4
+    keras.utils.set_random_seed(1)
+    data, body = ARCHITECTURES[name]
+    x, _ = data()
+    fresh = models.make_model(
+        [*body(), layers.Dense(1)], shape=x.shape[1:], loss="mse"
+    )
+    for new, old in zip(
+        model.trainable_variables, fresh.trainable_variables, strict=True
+    ):
+        assert np.mean(new.numpy() != old.numpy()) > 0.5, new.path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gru", "lstm", "conv", "depthwise"])
+@pytest.mark.parametrize("option", ["jit_compile", "run_eagerly"])
+@pytest.mark.filterwarnings("ignore:Model doesn't support `jit_compile")
+def test_xla_and_eager_agree_with_the_graph(name, option):
+    want = models.weights(train(name)[0])
+    got = models.weights(train(name, **{option: True})[0])
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=1e-3)
+
+
+def test_attention():
+    inputs = keras.Input((5, 3))
+    attended = layers.MultiHeadAttention(2, 2)(inputs, inputs)
+    model = keras_vo.VOModel(
+        inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended))
+    )
+    model.compile(optimizer=models.make_optimizer(), loss="mse")
+    x = np.random.default_rng(0).normal(size=(16, 5, 3)).astype("float32")
+    history = models.fit(model, x, x.mean((1, 2)), epochs=8)
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_masked_steps_do_not_count():
+    """Padding (token 0) after the masked sequence changes nothing."""
+    x, y = sequences()
+    x = 1 + x % 5
+    longer = np.concatenate([x, np.zeros([16, 3], int)], axis=1)
+
+    def run(tokens):
+        keras.utils.set_random_seed(1)
+        model = models.make_model(
+            [
+                layers.Embedding(6, 3, mask_zero=True),
+                layers.GRU(4),
+                layers.Dense(1),
+            ],
+            shape=tokens.shape[1:],
+            loss="mse",
+        )
+        models.fit(model, tokens, y)
+        return models.weights(model)
+
+    # The embedding of the padding token itself is moved by noise alone.
+    np.testing.assert_allclose(run(x), run(longer), rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norm_statistics_follow_the_mean_network():
+    """After one step, exactly what one pass of the initial network gives."""
+
+    def make():
+        keras.utils.set_random_seed(1)
+        return models.make_model(
+            [layers.Dense(3), layers.BatchNormalization(), layers.Dense(1)],
+            loss="mse",
+        )
+
+    x, _ = models.make_data(16)
+    model, twin = make(), make()
+    model.train_on_batch(x, x[:, :1])
+    twin(x, training=True)
+    for got, want in zip(
+        model.layers[1].non_trainable_variables,
+        twin.layers[1].non_trainable_variables,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+    # Members are normalised by their own batch: shifting the input of the
+    # normalisation by the dense layer's bias changes no loss.
+    assert np.all(model.layers[1].moving_mean.numpy() != 0)
+
+
+def test_all_members_share_one_dropout_mask_that_changes_each_step():
+    seen = []
+
+    class Spy(layers.Layer):
+        def call(self, inputs):
+            tf.py_function(lambda v: seen.append(v.numpy()), [inputs], [])
+            return inputs
+
+    model = models.make_model(
+        [layers.Dropout(0.5), Spy(), layers.Dense(1)],
+        loss="mse",
+        run_eagerly=True,
+    )
+    x = np.ones([2, 4], "float32")
+    for _ in range(2):
+        model.train_on_batch(x, x[:, :1])
+    mean_1, *members_1 = seen[-18:-9]
+    mean_2, *members_2 = seen[-9:]
+    for members in (members_1, members_2):
+        for member in members[1:]:
+            np.testing.assert_array_equal(member, members[0])
+    stacked = [mean_1, members_1[0], mean_2, members_2[0]]
+    assert len({mask.tobytes() for mask in stacked}) >= 3
+    assert set(np.unique(stacked)) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", "mixed_bfloat16", "bfloat16", "float64"]
+)
+def test_dtype_policies(policy):
+    keras.config.set_dtype_policy(policy)
+    x, y = models.make_data(96)
+    # Keras's Adam stands still in bfloat16: 0.999 is 1 there.
+    inner = keras.optimizers.SGD(5.0 if policy == "bfloat16" else 1.0)
+    model = models.make_model(
+        metrics=["accuracy"],
+        optimizer=models.make_optimizer(inner_optimizer=inner),
+    )
+    history = models.fit(model, x, y, epochs=12, batch_size=32)
+    assert history["accuracy"][-1] > history["accuracy"][0] + 0.15
+    wrapped = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert wrapped == (policy == "mixed_float16")
+    dtype = {"bfloat16": "bfloat16", "float64": "float64"}.get(
+        policy, "float32"
+    )
+    assert model.trainable_variables[0].dtype == dtype
+
+
+def test_unbuilt_models():
+    x, y = models.make_data()
+    keras.utils.set_random_seed(1)
+    model = keras_vo.VOSequential(models.make_layers())
+    model.compile(
+        optimizer=models.make_optimizer(),
+        loss="sparse_categorical_crossentropy",
+    )
+    models.fit(model, x, y)
+    built = models.make_model()
+    models.fit(built, x, y)
+    np.testing.assert_allclose(
+        models.weights(model), models.weights(built), rtol=1e-6
+    )
+
+
+def test_noise_of_random_layers_is_not_that_of_the_population():
+    seed = noise.generation_seed(tf.constant(0), tf.constant(0))
+    draws = [
+        noise.draw_seed(seed, tf.constant(i, tf.int64)).numpy()
+        for i in range(-3, 3)
+    ]
+    assert len({d.tobytes() for d in draws}) == 6

@@ -1,0 +1,167 @@
+"""The model classes, and conversion of models that exist already."""
+
+import copy
+
+import keras
+import models
+import numpy as np
+import pytest
+
+import keras_vo
+
+
+def functional():
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(5, activation="relu")(inputs)
+    outputs = keras.layers.Dense(3, activation="softmax")(hidden)
+    return keras.Model(inputs, outputs, name="mine")
+
+
+def sequential():
+    return keras.Sequential([keras.Input((4,)), *models.make_layers()])
+
+
+@keras.saving.register_keras_serializable(package="keras_vo_tests")
+class Subclassed(keras.Model):
+    def __init__(self, units=5, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = keras.layers.Dense(units, activation="relu")
+        self.out = keras.layers.Dense(3, activation="softmax")
+        self.units = units
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+    def get_config(self):
+        return {"units": self.units, "name": self.name}
+
+
+def subclassed():
+    model = Subclassed(6)
+    model(np.zeros([1, 4], "float32"))
+    return model
+
+
+def nested():
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, sequential()(keras.layers.Rescaling(2)(inputs)))
+
+
+KINDS = [functional, sequential, subclassed, nested]
+
+
+def compile_and_fit(model):
+    model.compile(
+        optimizer=models.make_optimizer(),
+        loss="sparse_categorical_crossentropy",
+    )
+    return models.fit(model)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_same_object_same_weights_and_it_trains(make):
+    model = make()
+    original, layers = type(model), list(model.layers)
+    values = models.weights(model)
+    x, _ = models.make_data()
+    before = model.predict(x, verbose=0)
+    converted = keras_vo.make_variational(model)
+    assert converted is model and isinstance(model, keras_vo.VOTrainStep)
+    assert isinstance(model, original)
+    assert all(a is b for a, b in zip(model.layers, layers, strict=True))
+    np.testing.assert_array_equal(models.weights(model), values)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    history = compile_and_fit(model)
+    assert "population_loss" in history
+    assert np.all(models.weights(model) != values)
+    assert keras_vo.make_variational(model) is model
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_trains_as_the_class_of_its_own(make):
+    """Converted = built as VOSequential, from the same weights."""
+    model = keras_vo.make_variational(make())
+    keras.utils.set_random_seed(0)
+    twin = keras_vo.VOSequential(
+        [
+            keras.Input((4,)),
+            *([keras.layers.Rescaling(2)] if make is nested else []),
+            keras.layers.Dense(6 if make is subclassed else 5, "relu"),
+            keras.layers.Dense(3, "softmax"),
+        ]
+    )
+    twin.set_weights(model.get_weights())
+    compile_and_fit(model)
+    compile_and_fit(twin)
+    np.testing.assert_allclose(
+        models.weights(model), models.weights(twin), rtol=1e-5
+    )
+
+
+def test_a_compiled_and_trained_model():
+    model = sequential()
+    model.compile(optimizer="sgd", loss="sparse_categorical_crossentropy")
+    models.fit(model)
+    model.evaluate(*models.make_data(), verbose=0)
+    keras_vo.make_variational(model)
+    with pytest.raises(TypeError, match="VOOptimizer"):
+        models.fit(model)
+    compile_and_fit(model)
+
+    early = sequential()
+    early.compile(
+        optimizer=models.make_optimizer(),
+        loss="sparse_categorical_crossentropy",
+    )
+    keras_vo.make_variational(early)
+    assert "population_loss" in models.fit(early)
+
+
+def test_an_unbuilt_model():
+    model = keras_vo.make_variational(keras.Sequential(models.make_layers()))
+    assert "population_loss" in compile_and_fit(model)
+    model = keras_vo.make_variational(Subclassed())
+    assert "population_loss" in compile_and_fit(model)
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match="keras.Model.*Received.*Dense"):
+        keras_vo.make_variational(keras.layers.Dense(1))
+    with pytest.raises(TypeError, match="Received.*VOOptimizer|type"):
+        keras_vo.make_variational(keras_vo.VOOptimizer())
+
+
+def test_vo_model_is_functional_and_can_be_subclassed_in_both_styles():
+    class Functional(keras_vo.VOModel):
+        def __init__(self):
+            inputs = keras.Input((4,))
+            super().__init__(inputs, keras.layers.Dense(3)(inputs))
+
+    class Imperative(keras_vo.VOModel):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(3)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    inputs = keras.Input((4,))
+    plain = keras_vo.VOModel(inputs, keras.layers.Dense(3)(inputs))
+    # One functional subclass must not make the others functional.
+    for model in (Imperative(), Functional(), Imperative(), plain):
+        assert isinstance(model, keras_vo.VOModel)
+        assert "population_loss" in compile_and_fit(model)
+    assert plain.input_shape == (None, 4)
+
+
+@pytest.mark.parametrize("make", [functional, sequential])
+def test_copies_train_too(make):
+    model = keras_vo.make_variational(make())
+    compile_and_fit(model)
+    duplicate = copy.deepcopy(model)
+    np.testing.assert_array_equal(
+        models.weights(duplicate), models.weights(model)
+    )
+    models.fit(duplicate)
+    clone = keras_vo.make_variational(keras.models.clone_model(model))
+    assert "population_loss" in compile_and_fit(clone)

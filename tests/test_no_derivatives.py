@@ -1,0 +1,82 @@
+"""Nothing asks for the gradient of the loss or of the network."""
+
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_vo
+
+
+@tf.custom_gradient
+def no_gradient(x):
+    def gradient(upstream):
+        raise AssertionError("the gradient was asked for")
+
+    return tf.identity(x), gradient
+
+
+class Undifferentiable(keras.layers.Layer):
+    def call(self, inputs):
+        return no_gradient(inputs)
+
+
+def undifferentiable_loss(y_true, y_pred):
+    return no_gradient(tf.reduce_mean(tf.square(y_true - y_pred), -1))
+
+
+def test_the_probe_raises_under_backpropagation():
+    model = keras.Sequential([keras.layers.Dense(1), Undifferentiable()])
+    model.compile(optimizer="sgd", loss=undifferentiable_loss)
+    with pytest.raises(AssertionError, match="asked for"):
+        model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0)
+
+
+@pytest.mark.parametrize("option", [{}, {"jit_compile": True}])
+def test_a_layer_and_a_loss_whose_gradients_raise(option, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a gradient was asked for")
+
+    monkeypatch.setattr(tf, "GradientTape", forbidden)
+    monkeypatch.setattr(tf, "gradients", forbidden)
+    x, _ = models.make_data()
+    model = models.make_model(
+        [keras.layers.Dense(1), Undifferentiable()],
+        loss=undifferentiable_loss,
+        **option,
+    )
+    history = models.fit(model, x, x[:, :1] - x[:, 1:2], epochs=10)
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+
+
+def step(x):
+    return tf.cast(x > 0, tf.float32)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_step_activations_on_the_0_1_error(seed):
+    """Three clusters 4 deviations apart; guessing gives .33, no gradient 0."""
+    x, y = models.make_data(120, seed=seed)
+    keras.utils.set_random_seed(seed)
+    model = keras_vo.VOSequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(12, activation=step),
+            keras.layers.Dense(3),
+        ]
+    )
+    model.compile(
+        optimizer=keras_vo.VOOptimizer(
+            population_size=32,
+            search_distribution=keras_vo.GaussianSearchDistribution(
+                "layerwise", stddev=0.3
+            ),
+            seed=seed,
+        ),
+        loss=models.zero_one_error,
+        metrics=["accuracy"],
+    )
+    model.fit(x, y, batch_size=60, epochs=60, verbose=0)
+    accuracy = model.evaluate(x, y, verbose=0)[1]
+    assert accuracy > 0.9

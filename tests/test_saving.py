@@ -1,0 +1,277 @@
+"""Saved, loaded, resumed and exported: nothing of the search is lost."""
+
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import keras
+import models
+import numpy as np
+import pytest
+from test_make_variational import Subclassed
+
+import keras_vo
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = {
+    "plain": models.make_layers,
+    "random": lambda: [
+        keras.layers.Dense(5, activation="relu"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(models.CLASSES, activation="softmax"),
+    ],
+}
+OPTIMIZERS = {
+    "layerwise": lambda: models.make_optimizer(seed=None),
+    "separable": lambda: models.make_optimizer(
+        search_distribution="separable",
+        inner_optimizer=keras.optimizers.SGD(
+            keras.optimizers.schedules.CosineDecay(1.0, 20), momentum=0.9
+        ),
+    ),
+    "fixed": lambda: models.make_optimizer(
+        search_distribution="fixed",
+        inner_optimizer=keras.optimizers.Adam(0.05, use_ema=True),
+    ),
+}
+
+
+def make(layers="plain", optimizer="layerwise"):
+    keras.utils.set_random_seed(1)
+    return models.make_model(
+        LAYERS[layers](), optimizer=OPTIMIZERS[optimizer]()
+    )
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_is_uninterrupted(layers, optimizer, tmp_path):
+    """From a .keras file and from a weights file into another model."""
+    model = make(layers, optimizer)
+    models.fit(model)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    keras.utils.set_random_seed(99)
+    fresh = keras_vo.VOSequential([keras.Input((4,)), *LAYERS[layers]()])
+    fresh.compile(
+        optimizer=OPTIMIZERS[optimizer](),
+        loss="sparse_categorical_crossentropy",
+    )
+    fresh.load_weights(tmp_path / "model.weights.h5")  # not built before
+    models.assert_same_state(
+        models.search_state(loaded), models.search_state(model)
+    )
+    for resumed in (model, loaded, fresh):
+        models.fit(resumed)
+    for resumed in (loaded, fresh):
+        models.assert_same_state(
+            models.search_state(resumed), models.search_state(model)
+        )
+    assert isinstance(loaded, keras_vo.VOSequential)
+    x, _ = models.make_data()
+    np.testing.assert_array_equal(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+
+
+def test_mixed_precision_resumes(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    model = make()
+    models.fit(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    models.fit(model)
+    models.fit(loaded)
+    models.assert_same_state(
+        models.search_state(loaded), models.search_state(model)
+    )
+
+
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_backup_and_restore(layers, tmp_path):
+    want = make(layers, "separable")
+    models.fit(want, epochs=4)
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    with pytest.raises(InterruptedError):
+        models.fit(
+            make(layers, "separable"),
+            epochs=4,
+            callbacks=[backup(), Interrupt()],
+        )
+    resumed = make(layers, "separable")
+    history = models.fit(resumed, epochs=4, callbacks=[backup()])
+    assert len(history["loss"]) == 2
+    models.assert_same_state(
+        models.search_state(resumed), models.search_state(want)
+    )
+
+
+def test_another_structure_is_refused_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    saved = make(optimizer="separable")
+    models.fit(saved)
+    saved.save_weights(path)
+    other = make(optimizer="layerwise")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras's, of the inner optimizer
+        with pytest.raises(ValueError, match="another structure.*'layerwise'"):
+            other.load_weights(path)
+    with pytest.warns(UserWarning, match="could not be loaded"):
+        other.load_weights(path, skip_mismatch=True)
+    np.testing.assert_array_equal(models.weights(other), models.weights(saved))
+    models.fit(other)
+
+
+def test_weights_of_a_plain_model(tmp_path):
+    plain = keras.Sequential([keras.Input((4,)), *models.make_layers()])
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    model = make()
+    with pytest.warns(UserWarning, match="saved optimizer has 0 variables"):
+        model.load_weights(tmp_path / "plain.weights.h5")
+    np.testing.assert_array_equal(models.weights(model), models.weights(plain))
+
+
+def run(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+SERVE = """
+import sys
+import numpy as np
+import tensorflow as tf
+folder, data = sys.argv[1:]
+x, want = np.load(data).values()
+model = tf.saved_model.load(folder)
+got = model.serve(x)
+np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+assert not any(name.startswith("keras") for name in sys.modules)
+"""
+
+RESUME = """
+import sys
+sys.path.insert(0, "tests")
+import keras
+import models
+import numpy as np
+import keras_vo
+
+@keras.saving.register_keras_serializable(package="keras_vo_tests")
+class Subclassed(keras.Model):
+    def __init__(self, units=5, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = keras.layers.Dense(units, activation="relu")
+        self.out = keras.layers.Dense(3, activation="softmax")
+        self.units = units
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+    def get_config(self):
+        return {"units": self.units, "name": self.name}
+
+for path, want in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = keras.models.load_model(path)
+    assert isinstance(model, keras_vo.VOTrainStep), type(model)
+    models.fit(model)
+    np.testing.assert_array_equal(models.weights(model), np.load(want))
+"""
+
+
+@pytest.mark.slow
+def test_other_processes_serve_and_resume(tmp_path):
+    x, _ = models.make_data()
+    own = keras_vo.make_variational(Subclassed(6))
+    own(x)
+    own.compile(
+        optimizer=models.make_optimizer(seed=None),
+        loss="sparse_categorical_crossentropy",
+    )
+    inputs = keras.Input((4,))
+    functional = keras_vo.VOModel(inputs, keras.layers.Dense(3)(inputs))
+    functional.compile(optimizer=models.make_optimizer(), loss="mse")
+    functional.compile(
+        optimizer=models.make_optimizer(seed=None),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    arguments = []
+    for name, model in (
+        ("sequential", make("random")),
+        ("functional", functional),
+        ("own", own),
+    ):
+        models.fit(model)
+        model.save(tmp_path / f"{name}.keras")
+        model.export(tmp_path / name, verbose=False)
+        data = tmp_path / f"{name}.npz"
+        np.savez(data, x=x, want=model.predict(x, verbose=0))
+        if name == "sequential":
+            run(SERVE, tmp_path / name, data)
+        models.fit(model)
+        want = tmp_path / f"{name}.npy"
+        np.save(want, models.weights(model))
+        arguments += [tmp_path / f"{name}.keras", want]
+    run(RESUME, *arguments)
+
+
+DETERMINISM = """
+import sys
+sys.path.insert(0, "tests")
+import keras, models, numpy as np, tensorflow as tf
+tf.config.experimental.enable_op_determinism()
+def train():
+    keras.utils.set_random_seed(3)
+    model = models.make_model([
+        keras.layers.Dense(5), keras.layers.Dropout(0.5), keras.layers.Dense(3)
+    ], loss="mse", optimizer=models.make_optimizer(seed=None))
+    x, _ = models.make_data()
+    models.fit(model, x, x[:, :3], shuffle=True)
+    return models.weights(model)
+np.testing.assert_array_equal(train(), train())
+"""
+
+
+@pytest.mark.slow
+def test_op_determinism():
+    run(DETERMINISM)
+
+
+REPLICAS = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+)
+import keras_vo
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+with strategy.scope():
+    w = tf.Variable([1.0])
+    optimizer = keras_vo.VOOptimizer()
+try:
+    strategy.run(lambda: optimizer.minimize(lambda w: w[0][0], [w]))
+except ValueError as error:
+    assert "2 replicas" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+
+
+@pytest.mark.slow
+def test_several_replicas_are_refused():
+    run(REPLICAS)
