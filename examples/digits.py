@@ -19,7 +19,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import app, flags, logging
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -167,6 +167,7 @@ def plot(history, path):
     ):
         error = 1.0 - np.asarray(history[key])
         right.plot(epochs, 100 * error, label=label, color=color, lw=1.2)
+    right.yaxis.set_major_formatter("{x:g}")
     right.set(
         title=f"Test accuracy {history['val_accuracy'][-1]:.3f}",
         xlabel="epoch",
@@ -196,6 +197,7 @@ def print_table(rows):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
     keras.utils.set_random_seed(FLAGS.seed)
     x_train, x_test, y_train, y_test = load_data()
     steps_per_epoch = math.ceil(len(x_train) / FLAGS.batch_size)

@@ -23,7 +23,14 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["centered_rank", "get", "identity", "nes", "standardize"]
+__all__ = [
+    "canonical",
+    "centered_rank",
+    "get",
+    "identity",
+    "nes",
+    "standardize",
+]
 
 Shaping = Callable[[tf.Tensor], tf.Tensor]
 
@@ -118,6 +125,12 @@ _SHAPINGS: dict[str, Shaping] = {
 }
 
 
+def canonical(shaping: str | Shaping) -> str | Shaping:
+    """The name of one of this module's functions; anything else as it is."""
+    names = [name for name, known in _SHAPINGS.items() if known is shaping]
+    return names[0] if names else shaping
+
+
 def get(shaping: str | Shaping, antithetic: bool) -> Shaping:
     """Looks a shaping up, and checks what a callable returns.
 
@@ -130,17 +143,16 @@ def get(shaping: str | Shaping, antithetic: bool) -> Shaping:
         ValueError: an unknown name, or (when called) a callable that returns
             another shape than it was given.
     """
-    if shaping in ("identity", identity):
-        return functools.partial(identity, antithetic=antithetic)
+    shaping = canonical(shaping)
     if callable(shaping):
-        if shaping in _SHAPINGS.values():
-            return shaping
         return functools.partial(_checked, shaping)
     if shaping not in _SHAPINGS:
         raise ValueError(
             "`fitness_shaping` must be a callable or one of "
             f"{sorted(_SHAPINGS)}. Received: fitness_shaping={shaping!r}"
         )
+    if shaping == "identity":
+        return functools.partial(identity, antithetic=antithetic)
     return _SHAPINGS[shaping]
 
 

@@ -104,9 +104,10 @@ class VOOptimizer(keras.optimizers.Optimizer):
             keeps an EMA.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
             from Python's `random`, as `keras.utils.set_random_seed` sets it.
-        chunk_size: members evaluated at once. `None`: as many as are fast and
-            fit `memory_budget`. The search does not depend on it; lower it
-            where the activations of a chunk take too much memory.
+        chunk_size: members evaluated at once, at least one draw's. `None`:
+            as many as are fast and fit `memory_budget`. The search does not
+            depend on it; lower it where the activations of a chunk take too
+            much memory.
         memory_budget: bytes for noise and perturbed weights. Within it noise
             is kept for the gradient, otherwise drawn a second time. At least
             one member's weights must exist, so a model larger than the budget
@@ -154,7 +155,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         self.search_distribution = distribution_lib.get(search_distribution)
         self.natural_gradient = bool(natural_gradient)
         self.antithetic = bool(antithetic)
-        self.fitness_shaping = fitness_shaping
+        self.fitness_shaping = shaping_lib.canonical(fitness_shaping)
         self._shape_fitness = shaping_lib.get(fitness_shaping, self.antithetic)
         self.max_kl = None if max_kl is None else _positive("max_kl", max_kl)
         self.seed = None if seed is None else _checked_seed(seed)

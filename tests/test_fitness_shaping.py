@@ -116,6 +116,18 @@ def test_a_callable_sees_finite_losses_only():
     np.testing.assert_array_equal(seen[0], [1, 4, 4, 2])
 
 
+def test_a_function_of_the_package_is_its_name():
+    losses = tf.constant([3.0, 1.0, 2.0, 6.0])
+    for name in NAMES:
+        function = getattr(fitness_shaping, name)
+        assert fitness_shaping.canonical(function) == name
+        np.testing.assert_array_equal(
+            fitness_shaping.get(function, True)(losses),
+            fitness_shaping.get(name, True)(losses),
+        )
+    assert fitness_shaping.canonical(len) is len
+
+
 def test_errors():
     with pytest.raises(ValueError, match="one of.*centered_rank.*'rank'"):
         fitness_shaping.get("rank", False)
