@@ -32,8 +32,15 @@ _DEFAULTS = keras_vo.VOOptimizer()
 _DISTRIBUTION = _DEFAULTS.search_distribution
 
 flags.DEFINE_enum("loss", "nll", ["nll", "zero_one"], "Loss to minimise.")
-flags.DEFINE_integer("epochs", 100, "Passes over the training images.")
-flags.DEFINE_integer("batch_size", 128, "Images in a mini-batch.")
+flags.DEFINE_integer(
+    "epochs", None, "Passes over the images; by default 100 (nll) or 200."
+)
+flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Images in a mini-batch; by default 64 (nll) or 128: with few images the "
+    "0-1 error of most members is the same.",
+)
 flags.DEFINE_integer("seed", 0, "Seed of initial weights, batches and noise.")
 flags.DEFINE_string("inner_optimizer", "adam", "Keras optimizer of the mean.")
 flags.DEFINE_float(
@@ -198,16 +205,18 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    epochs = FLAGS.epochs or {"nll": 100, "zero_one": 200}[FLAGS.loss]
+    batch_size = FLAGS.batch_size or {"nll": 64, "zero_one": 128}[FLAGS.loss]
     keras.utils.set_random_seed(FLAGS.seed)
     x_train, x_test, y_train, y_test = load_data()
-    steps_per_epoch = math.ceil(len(x_train) / FLAGS.batch_size)
-    model = make_model(FLAGS.epochs * steps_per_epoch)
+    steps_per_epoch = math.ceil(len(x_train) / batch_size)
+    model = make_model(epochs * steps_per_epoch)
     start = time.perf_counter()
     history = model.fit(
         x_train,
         y_train,
-        batch_size=FLAGS.batch_size,
-        epochs=FLAGS.epochs,
+        batch_size=batch_size,
+        epochs=epochs,
         validation_data=(x_test, y_test),
         validation_batch_size=len(x_test),
     ).history

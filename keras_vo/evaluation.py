@@ -187,6 +187,14 @@ def evaluate_population(
         noise = source.chunk(index)
         if plan.keep_noise:
             kept = kept.write(index, noise)
+        if tf.executing_eagerly():  # no call of the objective for padding
+            noise = noise[: plan.draws - index * plan.chunk]
+            padding = [[0, plan.chunk - noise.shape[0]], [0, 0]]
+            return (
+                index + 1,
+                losses.write(index, tf.pad(evaluate(noise), padding)),
+                kept,
+            )
         return index + 1, losses.write(index, evaluate(noise)), kept
 
     _, losses, kept = tf.while_loop(

@@ -31,6 +31,7 @@ def test_digits_learns_plots_and_exports(tmp_path):
     output = run(
         ROOT / "examples" / "digits.py",
         "--epochs=15",
+        "--batch_size=128",
         "--export_dir=model",
         "--plot_dir=plots",
         cwd=tmp_path,

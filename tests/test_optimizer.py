@@ -242,6 +242,20 @@ def test_the_search_does_not_depend_on_chunks_or_memory():
             np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
+@pytest.mark.parametrize("population_size", [8, 14, 130])
+def test_an_eager_objective_is_called_once_a_member(population_size):
+    calls = []
+
+    def f(weights):
+        calls.append(1)
+        return objective(weights)
+
+    make(population_size=population_size, chunk_size=10).minimize(
+        f, make_variables()
+    )
+    assert len(calls) == population_size
+
+
 def test_a_seed_is_a_trajectory():
     np.testing.assert_array_equal(run(seed=1)[0], run(seed=1)[0])
     assert np.all(run(seed=1)[0] != run(seed=2)[0])
