@@ -174,13 +174,13 @@ def plot(history, path):
     ):
         error = 1.0 - np.asarray(history[key])
         right.plot(epochs, 100 * error, label=label, color=color, lw=1.2)
-    right.yaxis.set_major_formatter("{x:g}")
     right.set(
         title=f"Test accuracy {history['val_accuracy'][-1]:.3f}",
         xlabel="epoch",
         ylabel="misclassified, %",
         yscale="log",
     )
+    right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3, which="both")
