@@ -54,6 +54,36 @@ def fit(model, *data, **kwargs):
     return model.fit(*data, **kwargs).history
 
 
+class LossSpy:
+    """Centred ranks that keep the losses they are given, in a variable."""
+
+    def __init__(self, population_size=8):
+        self.losses = tf.Variable(tf.zeros([population_size]))
+
+    def __call__(self, losses):
+        self.losses.assign(tf.cast(losses, tf.float32))
+        return keras_vo.fitness_shaping.centered_rank(losses)
+
+
+def member_losses(plain, optimizer, x, y=None):
+    """The losses of `optimizer`'s next generation, found by another way.
+
+    Every member's weights are set on `plain`, a compiled model of Keras's own
+    with the mean's weights, which is then called in training mode. It is left
+    with other weights.
+    """
+
+    def objective(values):
+        for weight, value in zip(
+            plain.trainable_variables, values, strict=True
+        ):
+            weight.assign(value)
+        y_pred = plain(x, training=True)
+        return plain.compute_loss(x=x, y=y, y_pred=y_pred, training=True)
+
+    return optimizer.step(objective, plain.trainable_variables).losses.numpy()
+
+
 def weights(model):
     return np.concatenate([np.ravel(w) for w in model.get_weights()])
 

@@ -7,6 +7,15 @@ import models
 import numpy as np
 
 
+class EpochWeights(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(models.weights(self.model))
+
+
 def test_early_stopping_restores_the_best_weights():
     x, y = models.make_data()
     model = models.make_model(
@@ -15,11 +24,15 @@ def test_early_stopping_restores_the_best_weights():
         )
     )
     stop = keras.callbacks.EarlyStopping(
-        "loss", patience=2, restore_best_weights=True
+        "population_loss", patience=2, mode="min", restore_best_weights=True
     )
-    history = models.fit(model, x, y, epochs=40, callbacks=[stop])
-    losses = history["loss"]
-    assert len(losses) < 40 and np.argmin(losses) == len(losses) - 3
+    spy = EpochWeights()
+    history = models.fit(model, x, y, epochs=40, callbacks=[spy, stop])
+    losses = history["population_loss"]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 3 < 40
+    np.testing.assert_array_equal(models.weights(model), spy.seen[best])
+    assert np.any(spy.seen[best] != spy.seen[-1])
 
 
 def test_learning_rate_callbacks_reach_the_inner_optimizer():
@@ -89,19 +102,43 @@ def test_tensorboard(tmp_path):
         models.make_model(),
         callbacks=[keras.callbacks.TensorBoard(tmp_path, write_graph=False)],
     )
-    assert list((tmp_path / "train").glob("events*"))
+    (events,) = (tmp_path / "train").glob("events*")
+    logged = events.read_bytes()
+    for tag in ("loss", "population_loss", "learning_rate"):
+        assert f"epoch_{tag}".encode() in logged
 
 
-def test_swap_ema_weights():
+def test_swap_ema_weights_validates_the_average():
+    """Keras's callback finds the average in the inner optimizer."""
     x, y = models.make_data()
-    inner = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
-    model = models.make_model(
-        optimizer=models.make_optimizer(inner_optimizer=inner)
-    )
-    history = models.fit(model, x, y, epochs=3)
-    # At the end of fit, the average replaces the weights.
-    average = [v for v in inner.variables if "average" in v.path]
-    np.testing.assert_allclose(
-        models.weights(model), np.concatenate([np.ravel(a) for a in average])
-    )
-    assert np.isfinite(history["loss"]).all()
+
+    def train(*callbacks):
+        inner = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
+        model = models.make_model(
+            optimizer=models.make_optimizer(inner_optimizer=inner)
+        )
+        averages = []
+
+        def keep(epoch, logs):
+            values = [v for v in inner.variables if "average" in v.path]
+            averages.append([v.numpy() for v in values])
+
+        history = models.fit(
+            model,
+            x,
+            y,
+            validation_data=(x, y),
+            callbacks=[
+                keras.callbacks.LambdaCallback(on_epoch_end=keep),
+                *callbacks,
+            ],
+        )
+        return model, history["val_loss"], averages
+
+    model, plain, averages = train()
+    _, swapped, _ = train(keras.callbacks.SwapEMAWeights())
+    for epoch in range(2):
+        model.set_weights(averages[epoch])
+        want = model.evaluate(x, y, verbose=0)
+        np.testing.assert_allclose(swapped[epoch], want, rtol=1e-4)
+        assert abs(plain[epoch] / want - 1) > 1e-3
