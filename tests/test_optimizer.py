@@ -132,11 +132,10 @@ def test_three_antithetic_steps_by_hand(variance, natural, fixed_noise):
 # (1, 1, 0). Step 3: a - b = (-1, 1, 1), fa - fb = -sigma0, squares
 # (-1, 1, 1).
 def test_three_independent_steps_by_hand(fixed_noise):
-    sigmas = {  # sigma before steps 2 and 3, and after, from the rules above
-        "fixed": [[1, 1, 1]] * 3,
-        "isotropic": [[-0.0666667] * 3],
-        "layerwise": [[0, 0, -0.2]],
-        "separable": [[-0.05, 0.05, -0.2]],
+    first = {  # beta after step 1, from the rules above
+        "isotropic": [-0.0666667] * 3,
+        "layerwise": [0, 0, -0.2],
+        "separable": [-0.05, 0.05, -0.2],
     }
     divisor = {"isotropic": [6] * 3, "layerwise": [4, 4, 2], "separable": [2]}
     sums = {  # |a_g|^2 - |b_g|^2 in steps 2 and 3
@@ -148,7 +147,7 @@ def test_three_independent_steps_by_hand(fixed_noise):
         beta = np.zeros(3)
         mu = np.array([-0.5, 0.5, -1.0])
         if variance != "fixed":
-            beta = np.array(sigmas[variance][0], float)
+            beta = np.array(first[variance], float)
         for step, difference in ((0, [1, 1, 0]), (1, [-1, 1, 1])):
             sigma = np.exp(beta / 2)
             loss = sigma[0] * (1 if step == 0 else -1)
