@@ -24,11 +24,21 @@ def make_layers(**kwargs):
     ]
 
 
-def make_optimizer(**kwargs):
-    kwargs.setdefault("population_size", 8)
-    kwargs.setdefault("seed", 7)
-    kwargs.setdefault("inner_optimizer", keras.optimizers.Adam(0.05))
-    return keras_vo.VOOptimizer(**kwargs)
+def make_optimizer(search_distribution="layerwise", **kwargs):
+    """Nothing that a test could depend on is left to the defaults."""
+    settings = {
+        "population_size": 8,
+        "seed": 7,
+        "inner_optimizer": keras.optimizers.Adam(0.05),
+        "search_distribution": keras_vo.GaussianSearchDistribution(
+            search_distribution, stddev=0.2, learning_rate=0.1
+        ),
+        "natural_gradient": True,
+        "antithetic": True,
+        "fitness_shaping": "centered_rank",
+        "max_kl": None,
+    }
+    return keras_vo.VOOptimizer(**settings | kwargs)
 
 
 def make_model(layers=None, optimizer=None, shape=(FEATURES,), **compiling):

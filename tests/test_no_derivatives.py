@@ -67,11 +67,9 @@ def test_step_activations_on_the_0_1_error(seed):
         ]
     )
     model.compile(
-        optimizer=keras_vo.VOOptimizer(
+        optimizer=models.make_optimizer(
+            inner_optimizer=keras.optimizers.Adam(0.02),
             population_size=32,
-            search_distribution=keras_vo.GaussianSearchDistribution(
-                "layerwise", stddev=0.3
-            ),
             seed=seed,
         ),
         loss=models.zero_one_error,
