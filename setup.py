@@ -42,7 +42,14 @@ setuptools.setup(
         "examples": EXAMPLES,
         "tensorboard": TENSORBOARD,
         "test": TEST,
-        "dev": [*TEST, *EXAMPLES, *TENSORBOARD, "ruff", "mypy"],
+        "dev": [
+            *TEST,
+            *EXAMPLES,
+            *TENSORBOARD,
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

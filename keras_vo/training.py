@@ -94,10 +94,6 @@ class VOTrainStep(_KerasModel):
         self._seed_random_layers(optimizer)
         y_pred = self._call_in_training(x)
         loss = self._training_loss(x, y, y_pred, sample_weight)
-        inputs = [i for i in keras.tree.flatten(x) if i is not None]
-        batch_size = tf.shape(inputs[0])[0]
-        # Not the metric called "loss": the user may have one of that name.
-        self._loss_tracker.update_state(loss, sample_weight=batch_size)
 
         def objective(weights: list[tf.Tensor]) -> Any:
             mapping = zip(self.trainable_variables, weights, strict=True)
@@ -111,6 +107,11 @@ class VOTrainStep(_KerasModel):
             objective, self.trainable_variables, self.jit_compile
         )
         self._population_metrics.update(generation)
+        inputs = [i for i in keras.tree.flatten(x) if i is not None]
+        # Not the metric called "loss": the user may have one of that name.
+        self._loss_tracker.update_state(
+            loss, sample_weight=tf.shape(inputs[0])[0]
+        )
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def test_step(self, data: Any) -> Any:
@@ -267,6 +268,11 @@ class VariationalSubclass(VOTrainStep):
     """
 
     original_class: type
+
+    def __reduce__(self) -> Any:
+        # Keras would pickle a method of the class, which is not importable.
+        _, arguments = super().__reduce__()
+        return keras.Model._unpickle_model, arguments
 
     def get_config(self) -> dict[str, Any]:
         variational = type(self)

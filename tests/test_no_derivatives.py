@@ -56,7 +56,12 @@ def step(x):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_step_activations_on_the_0_1_error(seed):
-    """Three clusters 4 deviations apart; guessing gives .33, no gradient 0."""
+    """Three separable clusters: guessing is right a third of the time.
+
+    Fixed seeds. Of seeds 0 to 9 and 100 to 111 none ended below .99, so at
+    most 13% fail (95% confidence); a search that does not learn, or never
+    finds one of the classes, stays below .75.
+    """
     x, y = models.make_data(120, seed=seed)
     keras.utils.set_random_seed(seed)
     model = keras_vo.VOSequential(
@@ -67,14 +72,17 @@ def test_step_activations_on_the_0_1_error(seed):
         ]
     )
     model.compile(
-        optimizer=models.make_optimizer(
-            inner_optimizer=keras.optimizers.Adam(0.02),
-            population_size=32,
+        optimizer=keras_vo.VOOptimizer(
+            keras.optimizers.Adam(0.05),
+            population_size=64,
+            search_distribution=keras_vo.GaussianSearchDistribution(
+                "layerwise", stddev=0.5, learning_rate=0.1
+            ),
             seed=seed,
         ),
         loss=models.zero_one_error,
         metrics=["accuracy"],
     )
-    model.fit(x, y, batch_size=60, epochs=60, verbose=0)
+    model.fit(x, y, batch_size=120, epochs=100, verbose=0)
     accuracy = model.evaluate(x, y, verbose=0)[1]
     assert accuracy > 0.9
