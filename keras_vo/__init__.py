@@ -1,14 +1,10 @@
 """Train Keras models by variational optimization, from forward passes only."""
 
 from keras_vo import fitness_shaping
+from keras_vo.models import VOModel, VOSequential, make_variational
 from keras_vo.optimizer import Generation, VOOptimizer
 from keras_vo.search_distribution import GaussianSearchDistribution
-from keras_vo.training import (
-    VOModel,
-    VOSequential,
-    VOTrainStep,
-    make_variational,
-)
+from keras_vo.training import VOTrainStep
 from keras_vo.version import __version__
 
 __all__ = [

@@ -16,7 +16,6 @@ References:
 from __future__ import annotations
 
 import math
-import operator
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_vo import estimators
+from keras_vo import checks, estimators
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
@@ -151,18 +150,22 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = _checked_inner(inner_optimizer, max_kl)
-        self.population_size = _checked_size(population_size, antithetic)
+        self.population_size = checks.checked_size(population_size, antithetic)
         self.search_distribution = distribution_lib.get(search_distribution)
         self.natural_gradient = bool(natural_gradient)
         self.antithetic = bool(antithetic)
         self.fitness_shaping = shaping_lib.canonical(fitness_shaping)
         self._shape_fitness = shaping_lib.get(fitness_shaping, self.antithetic)
-        self.max_kl = None if max_kl is None else _positive("max_kl", max_kl)
-        self.seed = None if seed is None else _checked_seed(seed)
+        self.max_kl = (
+            None if max_kl is None else checks.checked_number("max_kl", max_kl)
+        )
+        self.seed = None if seed is None else checks.checked_seed(seed)
         if chunk_size is not None:
-            chunk_size = int(_positive("chunk_size", chunk_size))
+            chunk_size = checks.checked_integer("chunk_size", chunk_size)
         self.chunk_size = chunk_size
-        self.memory_budget = int(_positive("memory_budget", memory_budget))
+        self.memory_budget = checks.checked_integer(
+            "memory_budget", memory_budget
+        )
 
     # --- state ---
 
@@ -178,10 +181,10 @@ class VOOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        _check_variables(variables)
+        checks.check_variables(variables)
         self._layout = self.search_distribution.layout(variables)
         self._variable_ids = tuple(id(v) for v in variables)
-        self._variable_names = tuple(_name(v) for v in variables)
+        self._variable_names = tuple(checks.variable_name(v) for v in variables)
         self.inner_optimizer.build(variables)
         self._seed = self.add_variable((), dtype="int64", name="seed")
         self._seed.assign(
@@ -306,7 +309,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         mean = layout.flatten(variables)
         log_variance = tf.convert_to_tensor(self._log_variance)
         losses, source = evaluate_population(
-            lambda vector: _scalar(
+            lambda vector: checks.checked_scalar(
                 objective(layout.unflatten(vector)), layout.dtype
             ),
             mean,
@@ -459,8 +462,9 @@ class VOOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "Expected the variables this optimizer was built with, "
                 f"{list(self._variable_names)}. Received: "
-                f"{[_name(v) for v in variables]}. After a change of what is "
-                "trainable, compile the model with a new VOOptimizer."
+                f"{[checks.variable_name(v) for v in variables]}. After a "
+                "change of what is trainable, compile the model with a new "
+                "VOOptimizer."
             )
 
     def scale_loss(self, loss: Any) -> Any:
@@ -534,15 +538,19 @@ def find_vo_optimizer(optimizer: Any) -> VOOptimizer | None:
 
 
 def _checked_inner(inner: Any, max_kl: float | None) -> Any:
+    identifier = inner
     if isinstance(inner, str):
-        inner = keras.optimizers.get(
-            {
-                "class_name": inner,
-                "config": {"learning_rate": _LEARNING_RATE},
-            }
-        )
-    else:
-        inner = keras.optimizers.get(inner)
+        identifier = {
+            "class_name": inner,
+            "config": {"learning_rate": _LEARNING_RATE},
+        }
+    try:
+        inner = keras.optimizers.get(identifier)
+    except ValueError as error:
+        raise ValueError(
+            "`inner_optimizer` must be a Keras optimizer or the name of one, "
+            f"such as 'adam' or 'sgd'. Received: inner_optimizer={inner!r}"
+        ) from error
     if isinstance(inner, (VOOptimizer, keras.optimizers.LossScaleOptimizer)):
         raise ValueError(
             "`inner_optimizer` must be a Keras optimizer that moves weights "
@@ -563,77 +571,3 @@ def _checked_inner(inner: Any, max_kl: float | None) -> Any:
             f"Received: max_kl={max_kl} and use_ema=True"
         )
     return inner
-
-
-def _checked_size(population_size: int, antithetic: bool) -> int:
-    try:
-        size = operator.index(population_size)
-    except TypeError:
-        size = 0
-    if size < 2 or (antithetic and size % 2):
-        expected = "an even integer" if antithetic else "an integer"
-        raise ValueError(
-            f"`population_size` must be {expected} of 2 or more with "
-            f"antithetic={antithetic}. "
-            f"Received: population_size={population_size!r}"
-        )
-    return size
-
-
-def _checked_seed(seed: int) -> int:
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise ValueError(
-            "`seed` must be None or an integer in [0, 2**63). "
-            f"Received: seed={seed!r}"
-        )
-    return value
-
-
-def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(
-            f"`{name}` must be a positive number. Received: {name}={value!r}"
-        )
-    return value
-
-
-def _check_variables(variables: list[Any]) -> None:
-    if not variables:
-        raise ValueError(
-            "Expected at least one trainable weight to search over. "
-            "Received: none (is every layer frozen?)"
-        )
-    for variable in variables:
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        if "float" not in dtype or getattr(
-            variable, "overwrite_with_gradient", False
-        ):
-            raise ValueError(
-                "Expected trainable weights of a floating dtype that an "
-                "optimizer updates by a step. Received: "
-                f"{_name(variable)!r} of dtype {dtype}"
-            )
-
-
-def _name(variable: Any) -> str:
-    return str(getattr(variable, "path", variable.name))
-
-
-def _scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
-    if loss is None:
-        raise ValueError(
-            "The objective must return a scalar loss. Received: None"
-        )
-    loss = tf.convert_to_tensor(loss)
-    if loss.shape.rank is None:
-        loss = tf.ensure_shape(loss, [])
-    if loss.shape.rank != 0:
-        raise ValueError(
-            "The objective must return a scalar loss. "
-            f"Received: a tensor of shape {tuple(loss.shape)}"
-        )
-    return tf.cast(loss, dtype)

@@ -1,4 +1,4 @@
-"""Keras models whose training step is one step of variational optimization.
+"""A training step of Keras models that is one of variational optimization.
 
 `VOTrainStep` replaces `train_step` and nothing else that a user of
 `compile`, `fit`, callbacks, saving and export sees.
@@ -6,20 +6,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
-# Keras does not export the class that functional models are instances of.
-from keras.src.models.functional import Functional
-
 from keras_vo import noise
 from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
 
-__all__ = ["VOModel", "VOSequential", "VOTrainStep", "make_variational"]
+__all__ = ["VOTrainStep"]
 
 if TYPE_CHECKING:  # what the mixin is mixed into is as untyped as Keras
     from typing import Any as _KerasModel
@@ -107,6 +103,7 @@ class VOTrainStep(_KerasModel):
             objective, self.trainable_variables, self.jit_compile
         )
         self._population_metrics.update(generation)
+        # After the step, which refuses a loss that is not a scalar.
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
         # Not the metric called "loss": the user may have one of that name.
         self._loss_tracker.update_state(
@@ -205,138 +202,3 @@ class VOTrainStep(_KerasModel):
         return self.compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
         )
-
-
-@keras.saving.register_keras_serializable(package="keras_vo")
-class VOModel(VOTrainStep, keras.Model):
-    """`keras.Model` trained by variational optimization.
-
-    Use it as `keras_vo.VOModel(inputs, outputs)`, or subclass it. See
-    `VOTrainStep` for what training does.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> VOModel:
-        if cls is VOModel and _functional_arguments(args, kwargs):
-            return Functional.__new__(VOFunctional, *args, **kwargs)
-        return super().__new__(cls, *args, **kwargs)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not _functional_arguments(args, kwargs):
-            super().__init__(*args, **kwargs)
-            return
-        # A subclass that calls `super().__init__(inputs, outputs)`. Keras
-        # would make VOModel itself functional, for all its subclasses.
-        _make_functional(type(self))
-        VOFunctional.__init__(self, *args, **kwargs)
-
-
-@keras.saving.register_keras_serializable(package="keras_vo")
-class VOFunctional(VOModel, Functional):
-    """What `VOModel(inputs, outputs)` is an instance of."""
-
-    __init__ = Functional.__init__
-
-
-def _functional_arguments(args: Any, kwargs: Any) -> bool:
-    return len(args) >= 2 or "inputs" in kwargs or "outputs" in kwargs
-
-
-def _make_functional(cls: type) -> type:
-    """Puts `VOFunctional` in the place of `VOModel` among the bases."""
-    if cls is VOModel:
-        return VOFunctional
-    if issubclass(cls, VOModel):
-        cls.__bases__ = tuple(_make_functional(base) for base in cls.__bases__)
-    return cls
-
-
-@keras.saving.register_keras_serializable(package="keras_vo")
-class VOSequential(VOTrainStep, keras.Sequential):
-    """`keras.Sequential` trained by variational optimization.
-
-    See `VOTrainStep` for what training does. (`keras.models.clone_model`
-    returns a plain Sequential: give that to `make_variational`.)
-    """
-
-
-@keras.saving.register_keras_serializable(package="keras_vo")
-class VariationalSubclass(VOTrainStep):
-    """What `make_variational` makes of a user's own subclass of `keras.Model`.
-
-    It is saved as the original inside this class, so that a process that
-    converted no model before can load it.
-    """
-
-    original_class: type
-
-    def __reduce__(self) -> Any:
-        # Keras would pickle a method of the class, which is not importable.
-        _, arguments = super().__reduce__()
-        return keras.Model._unpickle_model, arguments
-
-    def get_config(self) -> dict[str, Any]:
-        variational = type(self)
-        self.__class__ = variational.original_class
-        try:
-            config = keras.saving.serialize_keras_object(self)
-        finally:
-            self.__class__ = variational
-        config.pop("compile_config", None)  # the outer object has it
-        return {"model": config}
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: Any = None
-    ) -> Any:
-        return make_variational(
-            keras.saving.deserialize_keras_object(
-                config["model"], custom_objects=custom_objects
-            )
-        )
-
-
-@functools.cache
-def _variational_subclass(original: Any) -> type:
-    variational = type(
-        f"Variational{original.__name__}",
-        (VariationalSubclass, original),
-        {"original_class": original, "__module__": __name__},
-    )
-    # Under the one name that a fresh process knows as well.
-    return keras.saving.register_keras_serializable(
-        package="keras_vo", name=VariationalSubclass.__name__
-    )(variational)
-
-
-def make_variational(model: Any) -> Any:
-    """Makes an existing Keras model trainable by variational optimization.
-
-    Args:
-        model: a functional, Sequential or subclassed `keras.Model`, built or
-            not, compiled or not.
-
-    Returns:
-        The same object with the same layers, weights and compile settings,
-        whose class now has `VOTrainStep`. Compile it with a `VOOptimizer`
-        before `fit`.
-
-    Raises:
-        TypeError: `model` is not a `keras.Model`.
-    """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a functional, Sequential or subclassed "
-            f"keras.Model. Received: model={model!r} of type {type(model)}"
-        )
-    if isinstance(model, VOTrainStep):
-        return model
-    if type(model) is Functional:
-        model.__class__ = VOFunctional
-    elif type(model) is keras.Sequential:
-        model.__class__ = VOSequential
-    else:
-        original: Any = type(model)
-        model.__class__ = _variational_subclass(original)
-    model.train_function = None  # it would run the former class's train_step
-    model.test_function = None
-    return model

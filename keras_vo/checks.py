@@ -1,0 +1,114 @@
+"""What VOOptimizer is given: checked, or refused with a clear error.
+
+Every error says what was expected and what was received.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+__all__ = [
+    "check_variables",
+    "checked_integer",
+    "checked_number",
+    "checked_scalar",
+    "checked_seed",
+    "checked_size",
+    "variable_name",
+]
+
+
+def checked_size(population_size: int, antithetic: bool) -> int:
+    """An even number of members if antithetic, at least 2."""
+    try:
+        size = operator.index(population_size)
+    except TypeError:
+        size = 0
+    if size < 2 or (antithetic and size % 2):
+        expected = "an even integer" if antithetic else "an integer"
+        raise ValueError(
+            f"`population_size` must be {expected} of 2 or more with "
+            f"antithetic={antithetic}. "
+            f"Received: population_size={population_size!r}"
+        )
+    return size
+
+
+def checked_seed(seed: int) -> int:
+    """An integer that a stateless seed can hold."""
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise ValueError(
+            "`seed` must be None or an integer in [0, 2**63). "
+            f"Received: seed={seed!r}"
+        )
+    return value
+
+
+def checked_number(name: str, value: Any) -> float:
+    """`value`, which is positive."""
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(
+            f"`{name}` must be a positive number. Received: {name}={value!r}"
+        )
+    return value
+
+
+def checked_integer(name: str, value: Any) -> int:
+    """`value`, at least 1, as an integer."""
+    number = isinstance(value, (int, float)) and 1 <= value < math.inf
+    if not number or value != int(value):
+        raise ValueError(
+            f"`{name}` must be an integer of 1 or more. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_variables(variables: list[Any]) -> None:
+    """Raises unless there are variables, all of which can be perturbed."""
+    if not variables:
+        raise ValueError(
+            "Expected at least one trainable weight to search over. "
+            "Received: none (is every layer frozen?)"
+        )
+    for variable in variables:
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if "float" not in dtype or getattr(
+            variable, "overwrite_with_gradient", False
+        ):
+            raise ValueError(
+                "Expected trainable weights of a floating dtype that an "
+                "optimizer updates by a step. Received: "
+                f"{variable_name(variable)!r} of dtype {dtype}"
+            )
+
+
+def variable_name(variable: Any) -> str:
+    """A Keras variable's path, a TensorFlow variable's name."""
+    return str(getattr(variable, "path", variable.name))
+
+
+def checked_scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
+    """An objective's value, one number, as `dtype`."""
+    if loss is None:
+        raise ValueError(
+            "The objective must return a scalar loss. Received: None"
+        )
+    loss = tf.convert_to_tensor(loss)
+    if loss.shape.rank is None:
+        loss = tf.ensure_shape(loss, [])
+    if loss.shape.rank != 0:
+        raise ValueError(
+            "The objective must return a scalar loss. "
+            f"Received: a tensor of shape {tuple(loss.shape)}"
+        )
+    return tf.cast(loss, dtype)
