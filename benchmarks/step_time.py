@@ -24,7 +24,12 @@ from absl import app, flags
 
 import keras_vo
 from keras_vo.estimators import weighted_excess, weighted_noise
-from keras_vo.evaluation import ChunkPlan, NoiseSource, evaluate_population
+from keras_vo.evaluation import (
+    ChunkPlan,
+    NoiseSource,
+    Outcome,
+    evaluate_population,
+)
 from keras_vo.layout import WeightLayout
 from keras_vo.noise import generation_seed
 
@@ -161,28 +166,39 @@ def measure_parts(population_size):
         seed = generation_seed(tf.constant(0), calls)
         return NoiseSource(plan, seed, layout.size, tf.float32)
 
-    def first_weight(z, *weights):
-        return [tf.reduce_sum(z[:, 0])]
+    @tf.function
+    def draw():
+        noise = source()
+        return tf.while_loop(
+            lambda i, _: i < plan.chunks,
+            lambda i, t: (i + 1, t + tf.reduce_sum(noise.chunk(i).weights)),
+            (tf.constant(0), 0.0),
+        )
 
-    def gradient(z, weights):
+    def gradient(draws, records, weights):
         return [
-            weighted_noise(z, weights),
-            weighted_excess(z, weights, layout),
+            weighted_noise(draws.weights, weights),
+            weighted_excess(draws.weights, weights, layout),
         ]
 
     def evaluate():
         return evaluate_population(
-            loss, mean, tf.constant([STDDEV]), source(), (1.0, -1.0)
+            lambda draws, sign: Outcome(
+                loss(mean + sign * STDDEV * draws.weights)
+            ),
+            source(),
+            (1.0, -1.0),
         )
 
     @tf.function
     def with_gradient():
-        losses, kept = evaluate()
-        return kept.reduce(gradient, [losses[:pairs] - losses[pairs:]])
+        population = evaluate()
+        losses = population.losses
+        return population.reduce(gradient, [losses[:pairs] - losses[pairs:]])
 
     parts = {
-        "noise_ms": tf.function(lambda: source().reduce(first_weight, [])),
-        "evaluation_ms": tf.function(lambda: evaluate()[0]),
+        "noise_ms": draw,
+        "evaluation_ms": tf.function(lambda: evaluate().losses),
         "gradient_ms": with_gradient,
         "rest_ms": keras_vo_step(population_size),
     }

@@ -1,7 +1,7 @@
 """Evaluates a population in chunks, and sums over its noise.
 
     seeds -> noise -> perturbed weights -> losses        (evaluate)
-    seeds -> noise -> sums weighted by utilities         (Noise.reduce)
+    seeds -> noise -> sums weighted by utilities         (reduce)
 
 Only one chunk of perturbed weights exists at a time. The noise is kept
 between the two passes where it fits the memory budget, else drawn again.
@@ -13,15 +13,22 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from keras_vo import noise as noise_lib
 
-__all__ = ["ChunkPlan", "NoiseSource", "evaluate_population"]
+__all__ = [
+    "ChunkPlan",
+    "Draws",
+    "NoiseSource",
+    "Outcome",
+    "Population",
+    "evaluate_population",
+]
 
 # More draws than this in one chunk bring no speed, only memory.
 _MAX_CHUNK = 64
@@ -36,18 +43,20 @@ class ChunkPlan:
 
     Attributes:
         draws: number of noise vectors in the population.
-        chunk: number of draws in a chunk. The last chunk may be padded.
-        keep_noise: whether all noise is kept until the gradient is summed.
+        chunk: number of draws in a chunk; a tensor where it depends on the
+            size of the batch. The last chunk may be padded.
+        keep_noise: whether all noise of the weights is kept until the gradient
+            is summed.
     """
 
     draws: int
-    chunk: int
+    chunk: int | tf.Tensor
     keep_noise: bool
 
     @property
-    def chunks(self) -> int:
+    def chunks(self) -> int | tf.Tensor:
         """Number of chunks."""
-        return math.ceil(self.draws / self.chunk)
+        return -(-self.draws // self.chunk)
 
     @classmethod
     def make(
@@ -57,26 +66,65 @@ class ChunkPlan:
         draw_bytes: int,
         memory_budget: int,
         chunk_size: int | None,
+        activation_bytes: int | tf.Tensor = 0,
     ) -> ChunkPlan:
         """Plans the chunks.
 
         Args:
             draws: number of noise vectors in the population.
             members_per_draw: 2 with antithetic pairs, else 1.
-            draw_bytes: bytes of one noise vector.
+            draw_bytes: bytes of one noise vector of the weights.
             memory_budget: bytes for noise and perturbed weights.
             chunk_size: members in a chunk at most; `None` to choose.
+            activation_bytes: bytes of the perturbed activations of one draw.
         """
         # A draw, and per member its weights and their copy as a list.
-        working = draw_bytes * (1 + 2 * members_per_draw)
+        working = draw_bytes * (1 + 2 * members_per_draw) + activation_bytes
         if chunk_size is None:
             fits = min(_CHUNK_BYTES, memory_budget) // working
-            chunk = min(draws, _MAX_CHUNK, max(1, fits))
+            most = min(draws, _MAX_CHUNK)
+            if tf.is_tensor(fits):
+                chunk = tf.clip_by_value(fits, 1, most)
+            else:
+                chunk = min(max(fits, 1), most)
         else:
             chunk = min(draws, max(1, chunk_size // members_per_draw))
-        chunk = math.ceil(draws / math.ceil(draws / chunk))  # evenly filled
-        kept = draws * draw_bytes + chunk * working
+        chunk = -(-draws // -(-draws // chunk))  # evenly filled
+        if tf.is_tensor(chunk):
+            kept = draws * draw_bytes + _CHUNK_BYTES
+        else:
+            kept = draws * draw_bytes + chunk * working
         return cls(draws, chunk, keep_noise=kept <= memory_budget)
+
+
+class Draws(NamedTuple):
+    """Standard-normal noise of one draw, or of a chunk of draws.
+
+    Attributes:
+        weights: noise of the weights, [d].
+        activations: noise of each call whose activations are perturbed, in
+            the shape of its output.
+    """
+
+    weights: tf.Tensor
+    activations: tuple[tf.Tensor, ...] = ()
+
+
+class Outcome(NamedTuple):
+    """What the evaluation of one member leaves; members are stacked.
+
+    Attributes:
+        loss: its loss, a scalar.
+        examples: empty, or the losses of its examples, [batch].
+        records: what the score of each perturbed activation needs.
+    """
+
+    loss: tf.Tensor
+    examples: tuple[tf.Tensor, ...] = ()
+    records: tuple[tuple[tf.Tensor, ...], ...] = ()
+
+
+Member = Callable[[Draws, float], Outcome]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,164 +134,255 @@ class NoiseSource:
     Attributes:
         plan: how the draws are cut into chunks.
         seed: stateless seed [2] of the generation.
-        size: number of weights d.
+        size: number of the weights' noise d.
         dtype: dtype of the noise.
-        kept: the chunks, if they are kept.
+        activations: tensors of the shapes of the activations' noise.
+        kept: the chunks of the weights' noise, if they are kept.
     """
 
     plan: ChunkPlan
     seed: tf.Tensor
     size: int
     dtype: tf.DType
+    activations: tuple[tf.Tensor, ...] = ()
     kept: tf.TensorArray | None = None
 
-    def chunk(self, index: tf.Tensor) -> tf.Tensor:
-        """Noise [chunk, d] of a chunk: kept or drawn again."""
+    def chunk(self, index: tf.Tensor) -> Draws:
+        """Noise of a chunk, [chunk, ...]: kept or drawn again."""
+        draws = tf.cast(index * self.plan.chunk, tf.int64) + tf.range(
+            tf.cast(self.plan.chunk, tf.int64)
+        )
         if self.kept is not None:
-            return self.kept.read(index)
-        draws = tf.cast(index, tf.int64) * self.plan.chunk
-        draws += tf.range(self.plan.chunk, dtype=tf.int64)
-        return noise_lib.draw_noise(self.seed, draws, self.size, self.dtype)
+            weights = self.kept.read(index)
+        else:
+            weights = noise_lib.draw_noise(
+                self.seed, draws, (self.size,), self.dtype
+            )
+        return Draws(
+            weights,
+            tuple(
+                tf.ensure_shape(
+                    noise_lib.draw_noise(
+                        noise_lib.stream_seed(self.seed, stream),
+                        draws,
+                        tf.shape(like),
+                        self.dtype,
+                    ),
+                    [None, *like.shape],
+                )
+                for stream, like in enumerate(self.activations)
+            ),
+        )
+
+    def specs(self) -> Draws:
+        """Static shapes of `chunk`."""
+        count = None if tf.is_tensor(self.plan.chunk) else self.plan.chunk
+        return Draws(
+            tf.TensorSpec([count, self.size], self.dtype),
+            tuple(
+                tf.TensorSpec([count, *like.shape], self.dtype)
+                for like in self.activations
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """An evaluated population.
+
+    Attributes:
+        losses: the members' losses [N], all of the first sign first.
+        examples: empty, or the losses [N, batch] of their examples.
+        source: the generation's noise, kept if its plan says so.
+        evaluate: from a chunk's index and noise to its members' outcomes.
+        first: the noise and the records of the first chunk.
+    """
+
+    losses: tf.Tensor
+    examples: tuple[tf.Tensor, ...]
+    source: NoiseSource
+    evaluate: Callable[[tf.Tensor, Draws], Outcome]
+    first: tuple[Draws, Any]
 
     def reduce(
         self,
         function: Callable[..., Sequence[tf.Tensor]],
         weights: Sequence[tf.Tensor],
     ) -> Sequence[tf.Tensor]:
-        """Sums `function(noise, *weights)` over all chunks.
+        """Sums `function(draws, records, *weights)` over all chunks.
+
+        Records are those of the first evaluation in the first chunk; the
+        members of other chunks are evaluated again where there are any.
 
         Args:
-            function: from noise [chunk, d] and weights [chunk] each to a
-                sequence of tensors, sums over the chunk.
-            weights: tensors [draws], cut into the same chunks.
+            function: from the noise, the records and the weights of a chunk
+                to a sequence of tensors, sums over the chunk.
+            weights: tensors [draws, ...], cut into the same chunks.
         """
-        plan = self.plan
-        padding = [[0, plan.chunks * plan.chunk - plan.draws]]
+        plan = self.source.plan
+        missing = plan.chunks * plan.chunk - plan.draws
         rows = [
-            tf.reshape(tf.pad(w, padding), [plan.chunks, plan.chunk])
+            tf.reshape(
+                tf.pad(w, [[0, missing]] + [[0, 0]] * (w.shape.rank - 1)),
+                tf.concat([[plan.chunks, plan.chunk], tf.shape(w)[1:]], 0),
+            )
             for w in weights
         ]
 
         def add(index: tf.Tensor, *totals: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            terms = function(self.chunk(index), *(row[index] for row in rows))
+            draws = self.source.chunk(index)
+            records = self.first[1]
+            if tf.nest.flatten(records):
+                records = self.evaluate(index, draws).records
+            terms = function(draws, records, *(row[index] for row in rows))
             sums = [a + b for a, b in zip(totals, terms, strict=True)]
             return index + 1, *sums
 
-        start = function(self.chunk(tf.constant(0)), *(r[0] for r in rows))
-        if plan.chunks == 1:
-            return start
-        _, *totals = tf.while_loop(
-            lambda index, *_: index < plan.chunks,
-            add,
-            (tf.constant(1), *start),
-            parallel_iterations=1,
-        )
-        return totals
+        start = function(*self.first, *(row[0] for row in rows))
+        return _loop(plan, add, start)
 
 
 def evaluate_population(
-    loss: Callable[[tf.Tensor], tf.Tensor],
-    mean: tf.Tensor,
-    stddev: tf.Tensor,
+    member: Member,
     source: NoiseSource,
     signs: tuple[float, ...],
     jit_compile: bool = False,
-) -> tuple[tf.Tensor, NoiseSource]:
-    """The losses of all members, f(mu + sign sigma z_n).
+) -> Population:
+    """Evaluates all members: each draw once with every sign.
 
     Args:
-        loss: from a weight vector [d] to a scalar of the noise's dtype.
-        mean: mu [d].
-        stddev: sigma, broadcasts against [d].
+        member: from the noise of one draw and its sign to the outcome.
         source: the generation's noise, not yet kept.
-        signs: what each draw is multiplied with; (1, -1) if antithetic.
+        signs: (1, -1) if antithetic, else (1,).
         jit_compile: whether XLA compiles the evaluation (not the noise: XLA
             draws other normals from the same seed).
-
-    Returns:
-        Losses [N], all members of the first sign first, and the source with
-        the noise kept if its plan says so.
     """
-
-    def draw_losses(noise: tf.Tensor) -> tf.Tensor:
-        return tf.stack([loss(mean + sign * stddev * noise) for sign in signs])
-
     plan = source.plan
-    evaluate = _chunk_evaluator(
-        draw_losses,
-        tf.TensorSpec([plan.chunk, source.size], source.dtype),
-        tf.TensorSpec([len(signs)], source.dtype),
-        jit_compile,
-    )
-    array = functools.partial(
-        tf.TensorArray, source.dtype, plan.chunks, clear_after_read=False
-    )
-    losses = array(element_shape=[plan.chunk, len(signs)])
-    kept = array(element_shape=[plan.chunk, source.size])
 
-    def step(
-        index: tf.Tensor, losses: tf.TensorArray, kept: tf.TensorArray
-    ) -> tuple[tf.Tensor, tf.TensorArray, tf.TensorArray]:
-        noise = source.chunk(index)
-        if plan.keep_noise:
-            kept = kept.write(index, noise)
-        if tf.executing_eagerly():  # no call of the objective for padding
-            noise = noise[: plan.draws - index * plan.chunk]
-            padding = [[0, plan.chunk - noise.shape[0]], [0, 0]]
-            return (
-                index + 1,
-                losses.write(index, tf.pad(evaluate(noise), padding)),
-                kept,
-            )
-        return index + 1, losses.write(index, evaluate(noise)), kept
+    def both_signs(draws: Draws) -> Outcome:
+        outcomes = [member(draws, sign) for sign in signs]
+        return tf.nest.map_structure(lambda *t: tf.stack(t), *outcomes)
 
-    _, losses, kept = tf.while_loop(
+    evaluate = _chunk_evaluator(both_signs, plan, source.specs(), jit_compile)
+    first_draws = source.chunk(tf.constant(0))
+    first = evaluate(tf.constant(0), first_draws)
+    outputs = (first.loss, *first.examples)
+    if plan.keep_noise:
+        outputs = (*outputs, first_draws.weights)
+    arrays = [
+        tf.TensorArray(
+            output.dtype,
+            plan.chunks,
+            clear_after_read=False,
+            element_shape=output.shape,
+        ).write(0, output)
+        for output in outputs
+    ]
+
+    def step(index: tf.Tensor, *arrays: tf.TensorArray) -> tuple[Any, ...]:
+        draws = source.chunk(index)
+        outcome = evaluate(index, draws)
+        outputs = (outcome.loss, *outcome.examples, draws.weights)
+        written = [
+            array.write(index, output)
+            for array, output in zip(arrays, outputs, strict=False)
+        ]
+        return index + 1, *written
+
+    arrays = list(_loop(plan, step, arrays))
+    if plan.keep_noise:
+        source = dataclasses.replace(source, kept=arrays.pop())
+    losses, *examples = [
+        _by_sign(array.concat(), plan, len(signs)) for array in arrays
+    ]
+    return Population(
+        losses, tuple(examples), source, evaluate, (first_draws, first.records)
+    )
+
+
+def _loop(
+    plan: ChunkPlan, body: Callable[..., Any], start: Sequence[Any]
+) -> Sequence[Any]:
+    """Runs `body` for the chunks after the first."""
+    if not tf.is_tensor(plan.chunks) and plan.chunks == 1:
+        return start
+    _, *values = tf.while_loop(
         lambda index, *_: index < plan.chunks,
-        step,
-        (tf.constant(0), losses, kept),
+        body,
+        (tf.constant(1), *start),
         parallel_iterations=1,
     )
-    flat = tf.reshape(losses.stack(), [-1, len(signs)])[: plan.draws]
-    if plan.keep_noise:
-        source = dataclasses.replace(source, kept=kept)
-    return tf.reshape(tf.transpose(flat), [-1]), source
+    return values
+
+
+def _by_sign(values: tf.Tensor, plan: ChunkPlan, signs: int) -> tf.Tensor:
+    """From [draws, signs, ...], padded, to [members, ...], by sign."""
+    rest = values.shape[2:]
+    by_sign = tf.transpose(
+        values[: plan.draws], [1, 0, *range(2, 2 + rest.rank)]
+    )
+    flat = tf.reshape(by_sign, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
+    return tf.ensure_shape(flat, [signs * plan.draws, *rest])
 
 
 def _chunk_evaluator(
-    draw_losses: Callable[[tf.Tensor], tf.Tensor],
-    noise: tf.TensorSpec,
-    losses: tf.TensorSpec,
+    draw: Callable[[Draws], Outcome],
+    plan: ChunkPlan,
+    specs: Draws,
     jit_compile: bool,
-) -> Callable[[tf.Tensor], tf.Tensor]:
-    """`draw_losses` over the rows of a chunk, as fast as its ops allow.
+) -> Callable[[tf.Tensor, Draws], Outcome]:
+    """`draw` over the rows of chunk `index`, as fast as its ops allow.
 
-    Eagerly: one row after another, with concrete values. In a graph:
-    vectorized, unless an op (a convolution, say) has no vectorized form or
-    would have none that XLA can compile: then one row after another.
+    Eagerly: one row after another, with concrete values, and none for
+    padding. In a graph: vectorized, unless an op (a convolution, say) has no
+    vectorized form or would have none that XLA can compile: then one row
+    after another.
     """
+    stack = functools.partial(tf.nest.map_structure, lambda *t: tf.stack(t))
     if tf.executing_eagerly():
-        return lambda chunk: tf.stack([draw_losses(z) for z in chunk])
 
-    def vectorized(chunk: tf.Tensor) -> tf.Tensor:
-        return tf.vectorized_map(
-            draw_losses, chunk, fallback_to_while_loop=False
+        def eager(index: tf.Tensor, chunk: Draws) -> Outcome:
+            count = min(plan.chunk, plan.draws - int(index) * plan.chunk)
+            rows = [
+                draw(tf.nest.map_structure(operator.itemgetter(row), chunk))
+                for row in range(count)
+            ]
+            rows += [tf.nest.map_structure(tf.zeros_like, rows[0])] * (
+                plan.chunk - count
+            )
+            return stack(*rows)
+
+        return eager
+
+    def vectorized(chunk: Draws) -> Outcome:
+        return tf.vectorized_map(draw, chunk, fallback_to_while_loop=False)
+
+    def mapped(chunk: Draws) -> Outcome:
+        first = tf.nest.map_structure(lambda t: t[0], chunk)
+        traced = tf.function(draw, autograph=False).get_concrete_function(first)
+        return tf.map_fn(
+            draw,
+            chunk,
+            fn_output_signature=tf.nest.map_structure(
+                tf.TensorSpec.from_tensor, traced.structured_outputs
+            ),
         )
 
-    def mapped(chunk: tf.Tensor) -> tf.Tensor:
-        return tf.map_fn(draw_losses, chunk, fn_output_signature=losses)
+    def compiled(function: Callable[[Draws], Outcome]) -> Any:
+        return tf.function(
+            function, jit_compile=jit_compile or None, autograph=False
+        ).get_concrete_function(specs)
 
-    compiled = functools.partial(
-        tf.function, jit_compile=jit_compile or None, autograph=False
-    )
     try:
         with _quiet_tensorflow():
-            evaluate = compiled(vectorized).get_concrete_function(noise)
+            evaluate = compiled(vectorized)
+        graph = evaluate.graph.as_graph_def()
+        if jit_compile and _uses_tensor_lists(graph):
+            evaluate = compiled(mapped)
     except (NotImplementedError, ValueError):
         # No vectorized form; or the objective's own error, raised again here.
-        return compiled(mapped).get_concrete_function(noise)
-    if jit_compile and _uses_tensor_lists(evaluate.graph.as_graph_def()):
-        return compiled(mapped).get_concrete_function(noise)
-    return evaluate
+        evaluate = compiled(mapped)
+    return lambda index, draws: evaluate(draws)
 
 
 @contextlib.contextmanager

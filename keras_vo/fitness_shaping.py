@@ -5,6 +5,9 @@ only has to keep the order (a higher loss, a higher utility) and the sum 0;
 the choice trades the size of the loss for robustness to its scale and to
 outliers. Equal losses get equal utilities.
 
+Losses are [N], one a member, or [N, batch], one a member and example; each
+example is then shaped on its own, over the members.
+
 A member whose loss is not finite gets the worst utility: the highest finite
 loss stands in for it here, and it ranks behind every finite loss. If no loss
 is finite all utilities are 0.
@@ -43,12 +46,12 @@ def identity(losses: tf.Tensor, antithetic: bool = False) -> tf.Tensor:
     gradient stays unbiased.
 
     Args:
-        losses: losses [N].
+        losses: losses [N] or [N, batch].
         antithetic: whether member n and member n + N/2 mirror each other's
             noise. Both are then left out of either's baseline.
 
     Returns:
-        Utilities [N], of sum 0.
+        Utilities like `losses`, of sum 0.
     """
     losses = _worst_finite_for_non_finite(losses)
     count = losses.shape[0]
@@ -58,9 +61,9 @@ def identity(losses: tf.Tensor, antithetic: bool = False) -> tf.Tensor:
         own = losses + tf.roll(losses, count // 2, axis=0)
         shared = 2
     if count == shared:  # a single draw has no others to compare with
-        return losses - tf.reduce_mean(losses)
+        return losses - tf.reduce_mean(losses, axis=0)
     # Centring first keeps the digits that a common offset would take.
-    center = tf.reduce_mean(losses)
+    center = tf.reduce_mean(losses, axis=0)
     others = (shared * center - own) / (count - shared)
     return losses - center - others
 
@@ -69,16 +72,18 @@ def standardize(losses: tf.Tensor) -> tf.Tensor:
     """The z-score: u_n = (f_n - mean f) / std f.
 
     Args:
-        losses: losses [N].
+        losses: losses [N] or [N, batch].
 
     Returns:
-        Utilities [N], of mean 0 and variance 1; all 0 if the losses are equal.
+        Utilities like `losses`, of mean 0 and variance 1; all 0 if the losses
+        are equal.
     """
     losses = _worst_finite_for_non_finite(losses)
     # Losses of up to 1e30 would overflow when squared: scale them first.
-    losses -= tf.reduce_mean(losses)
-    losses = tf.math.divide_no_nan(losses, tf.reduce_max(tf.abs(losses)))
-    return tf.math.divide_no_nan(losses, tf.math.reduce_std(losses))
+    losses -= tf.reduce_mean(losses, axis=0)
+    largest = tf.reduce_max(tf.abs(losses), axis=0)
+    losses = tf.math.divide_no_nan(losses, largest)
+    return tf.math.divide_no_nan(losses, tf.math.reduce_std(losses, axis=0))
 
 
 def centered_rank(losses: tf.Tensor) -> tf.Tensor:
@@ -87,10 +92,10 @@ def centered_rank(losses: tf.Tensor) -> tf.Tensor:
     u_n = rank_n / (N - 1) - 0.5 with ranks 0..N-1 of ascending loss.
 
     Args:
-        losses: losses [N].
+        losses: losses [N] or [N, batch].
 
     Returns:
-        Utilities [N], of sum 0. Equal losses share their mean rank.
+        Utilities like `losses`, of sum 0. Equal losses share their mean rank.
     """
     return _by_rank(losses, np.linspace(-0.5, 0.5, losses.shape[0]))
 
@@ -105,10 +110,11 @@ def nes(losses: tf.Tensor) -> tf.Tensor:
     and the utility 1 - N w_k, so that 1/N sum_n u_n z_n = mean z - sum w z.
 
     Args:
-        losses: losses [N].
+        losses: losses [N] or [N, batch].
 
     Returns:
-        Utilities [N], of sum 0. Equal losses share their mean utility.
+        Utilities like `losses`, of sum 0. Equal losses share their mean
+        utility.
     """
     count = losses.shape[0]
     weights = np.maximum(
@@ -157,6 +163,12 @@ def get(shaping: str | Shaping, antithetic: bool) -> Shaping:
 
 
 def _checked(shaping: Shaping, losses: tf.Tensor) -> tf.Tensor:
+    if losses.shape.rank == 2:  # one example after another
+        return tf.transpose(
+            tf.map_fn(
+                functools.partial(_checked, shaping), tf.transpose(losses)
+            )
+        )
     safe = _worst_finite_for_non_finite(losses)
     utilities = tf.convert_to_tensor(shaping(safe))
     if utilities.shape != losses.shape:
@@ -172,18 +184,19 @@ def _by_rank(losses: tf.Tensor, table: np.ndarray) -> tf.Tensor:
     """Entry k of `table` for the member of rank k; ties share their mean."""
     finite = tf.math.is_finite(losses)
     losses = tf.where(finite, losses, tf.constant(np.inf, losses.dtype))
+    losses = tf.transpose(losses)  # members last
     ascending = tf.sort(losses)
     first = tf.searchsorted(ascending, losses, side="left")
     end = tf.searchsorted(ascending, losses, side="right")
     cumulative = tf.constant(np.concatenate([[0.0], np.cumsum(table)]))
     total = tf.gather(cumulative, end) - tf.gather(cumulative, first)
     mean = total / tf.cast(end - first, total.dtype)
-    return tf.cast(mean, losses.dtype)
+    return tf.cast(tf.transpose(mean), losses.dtype)
 
 
 def _worst_finite_for_non_finite(losses: tf.Tensor) -> tf.Tensor:
     finite = tf.math.is_finite(losses)
     lowest = tf.constant(losses.dtype.min, losses.dtype)
-    worst = tf.reduce_max(tf.where(finite, losses, lowest))
-    worst = tf.where(tf.reduce_any(finite), worst, tf.zeros_like(worst))
+    worst = tf.reduce_max(tf.where(finite, losses, lowest), axis=0)
+    worst = tf.where(tf.reduce_any(finite, axis=0), worst, 0)
     return tf.where(finite, losses, worst)

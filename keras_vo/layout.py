@@ -47,11 +47,13 @@ class WeightLayout:
         dtypes: dtype name of each weight tensor.
         groups: for each weight tensor, the index of the variance it shares,
             or `None` where every weight has a variance of its own.
+        float64: whether `dtype` is float64 though no weight tensor is.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     groups: tuple[int, ...] | None
+    float64: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -66,14 +68,15 @@ class WeightLayout:
     @property
     def dtype(self) -> tf.DType:
         """Float64 if a weight tensor is float64, otherwise float32."""
-        return tf.float64 if "float64" in self.dtypes else tf.float32
+        wide = self.float64 or "float64" in self.dtypes
+        return tf.float64 if wide else tf.float32
 
     @property
     def group_sizes(self) -> list[int]:
         """Number of weights that share each variance."""
         if self.groups is None:
             return [1] * self.size
-        totals = [0] * (max(self.groups) + 1)
+        totals = [0] * (max(self.groups, default=-1) + 1)
         for group, size in zip(self.groups, self.sizes, strict=True):
             totals[group] += size
         return totals
@@ -84,17 +87,59 @@ class WeightLayout:
             tf.reshape(tf.cast(tf.convert_to_tensor(w), self.dtype), [-1])
             for w in weights
         ]
-        return tf.concat(parts, axis=0)
+        return tf.concat([tf.zeros([0], self.dtype), *parts], axis=0)
+
+    def split(self, vector: tf.Tensor) -> list[tf.Tensor]:
+        """The vector [d] as a list of vectors, one for each weight tensor."""
+        return tf.split(vector, self.sizes) if self.sizes else []
 
     def unflatten(self, vector: tf.Tensor) -> list[tf.Tensor]:
         """The vector [d] as a list of weight tensors."""
-        parts = tf.split(vector, self.sizes)
         return [
             tf.cast(tf.reshape(part, shape), dtype)
             for part, shape, dtype in zip(
-                parts, self.shapes, self.dtypes, strict=True
+                self.split(vector), self.shapes, self.dtypes, strict=True
             )
         ]
+
+    def per_tensor(self, values: tf.Tensor) -> list[tf.Tensor]:
+        """One value a group, [groups], as one for each weight tensor.
+
+        A scalar where the tensor's weights share one value, else shaped like
+        the tensor.
+        """
+        if self.groups is not None:
+            return [values[group] for group in self.groups]
+        return [
+            tf.reshape(part, shape)
+            for part, shape in zip(self.split(values), self.shapes, strict=True)
+        ]
+
+    def select(self, indices: Sequence[int]) -> WeightLayout:
+        """The layout of some of the weight tensors, in the given order."""
+        groups = None
+        if self.groups is not None:
+            chosen = [self.groups[i] for i in indices]
+            numbers = {
+                group: n for n, group in enumerate(dict.fromkeys(chosen))
+            }
+            groups = tuple(numbers[group] for group in chosen)
+        return WeightLayout(
+            tuple(self.shapes[i] for i in indices),
+            tuple(self.dtypes[i] for i in indices),
+            groups,
+            self.dtype == tf.float64,
+        )
+
+    def select_values(
+        self, values: tf.Tensor, indices: Sequence[int]
+    ) -> tf.Tensor:
+        """One value a group, [groups], of `select(indices)`."""
+        if self.groups is not None:
+            chosen = dict.fromkeys(self.groups[i] for i in indices)
+            return tf.gather(values, tf.constant(list(chosen), tf.int32))
+        parts = self.split(values)
+        return tf.concat([values[:0], *(parts[i] for i in indices)], axis=0)
 
     def expand(self, values: tf.Tensor) -> tf.Tensor:
         """One value a group, [groups], as one value a weight.
@@ -102,13 +147,13 @@ class WeightLayout:
         Returns a tensor that broadcasts against [d]: [d], or [1] where all
         weights share one value.
         """
-        if self.groups is None or len(self.group_sizes) == 1:
+        if not self.groups or len(self.group_sizes) == 1:
             return values
         return tf.repeat(tf.gather(values, self.groups), self.sizes)
 
     def group_sums(self, vectors: tf.Tensor) -> tf.Tensor:
         """Sums [n, d] over the weights of each group: [n, groups]."""
-        if self.groups is None:
+        if not self.groups:
             return vectors
         if len(self.group_sizes) == 1:
             return tf.reduce_sum(vectors, axis=-1, keepdims=True)

@@ -27,7 +27,14 @@ from keras_vo import checks, estimators
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
-from keras_vo.evaluation import ChunkPlan, NoiseSource, evaluate_population
+from keras_vo.evaluation import (
+    ChunkPlan,
+    NoiseSource,
+    Outcome,
+    evaluate_population,
+)
+from keras_vo.perturbation import Recording
+from keras_vo.spaces import SearchSpaces
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
@@ -285,6 +292,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
         objective: Objective,
         variables: Sequence[Any],
         jit_compile: bool = False,
+        recording: Recording | None = None,
+        example_weights: Any = 1.0,
     ) -> Generation:
         """Evaluates one generation and updates mu and sigma.
 
@@ -292,9 +301,16 @@ class VOOptimizer(keras.optimizers.Optimizer):
         are left as they are; only the next generation's noise is another.
 
         Args:
-            objective: see `minimize`.
+            objective: see `minimize`. Where `recording` has calls whose
+                activations are perturbed, it returns a pair: the scalar, and
+                the losses [batch] of the examples.
             variables: see `minimize`.
             jit_compile: whether XLA compiles the evaluation of the members.
+            recording: what the layers of `keras_vo.layers` have recorded;
+                `None`: nothing.
+            example_weights: what the examples' losses are weighted with,
+                [batch]. Losses are shaped without it and utilities weighted
+                with it: ranks know no weights.
 
         Returns:
             The evaluated generation.
@@ -306,24 +322,55 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 self.build(variables)
         self._check_same(variables)
         layout = self._layout
-        mean = layout.flatten(variables)
         log_variance = tf.convert_to_tensor(self._log_variance)
-        losses, source = evaluate_population(
-            lambda vector: checks.checked_scalar(
-                objective(layout.unflatten(vector)), layout.dtype
-            ),
-            mean,
-            self._stddev(log_variance),
-            self._noise_source(),
+        mean = layout.flatten(variables)
+        recording = recording or Recording(variables)
+        spaces = SearchSpaces(
+            layout,
+            variables,
+            log_variance,
+            recording,
+            self.search_distribution.adapts,
+        )
+
+        def outcome(weights: list[tf.Tensor]) -> Outcome:
+            value = objective(weights)
+            if not recording.sites:
+                return Outcome(checks.checked_scalar(value, layout.dtype))
+            loss, examples = value
+            return Outcome(
+                checks.checked_scalar(loss, layout.dtype),
+                (tf.cast(examples, layout.dtype),),
+            )
+
+        population = evaluate_population(
+            spaces.member(outcome),
+            self._noise_source(spaces),
             (1.0, -1.0) if self.antithetic else (1.0,),
             jit_compile=jit_compile,
         )
+        losses = population.losses
         finite = tf.math.is_finite(losses)
 
         def update() -> tf.Tensor:
-            mean_gradient, log_variance_gradient = self._gradients(
-                source, self._shape_fitness(losses), log_variance
+            mean_gradient, log_variance_gradient = spaces.gradients(
+                population,
+                self._shape_fitness(losses),
+                [
+                    self._example_utilities(examples, example_weights)
+                    for examples in population.examples
+                ],
+                self.antithetic,
             )
+            if self.natural_gradient:
+                mean_gradient = estimators.natural_mean_gradient(
+                    mean_gradient, self._stddev(log_variance)
+                )
+                log_variance_gradient = (
+                    estimators.natural_log_variance_gradient(
+                        log_variance_gradient, layout
+                    )
+                )
             self._update(
                 variables,
                 mean,
@@ -341,62 +388,34 @@ class VOOptimizer(keras.optimizers.Optimizer):
             tf.math.count_nonzero(~finite, dtype=tf.int32),
         )
 
+    def _example_utilities(self, losses: tf.Tensor, weights: Any) -> tf.Tensor:
+        """Utilities [N, batch] from losses alike, of weighted examples."""
+        weights = tf.cast(weights, losses.dtype)
+        return weights * self._shape_fitness(
+            tf.math.divide_no_nan(losses, weights)
+        )
+
     def _stddev(self, log_variance: tf.Tensor) -> tf.Tensor:
         return self._layout.expand(tf.exp(0.5 * log_variance))
 
-    def _noise_source(self) -> NoiseSource:
-        layout = self._layout
+    def _noise_source(self, spaces: SearchSpaces) -> NoiseSource:
         members = 2 if self.antithetic else 1
+        dtype = self._layout.dtype
         plan = ChunkPlan.make(
             self.population_size // members,
             members,
-            layout.size * layout.dtype.size,
+            spaces.noise_size * dtype.size,
             self.memory_budget,
             self.chunk_size,
+            spaces.activation_bytes(members),
         )
         seed = noise_lib.generation_seed(
             tf.convert_to_tensor(self._seed),
             tf.convert_to_tensor(self.generations),
         )
-        return NoiseSource(plan, seed, layout.size, layout.dtype)
-
-    def _gradients(
-        self,
-        source: NoiseSource,
-        utilities: tf.Tensor,
-        log_variance: tf.Tensor,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Gradients of U for mu [d] and beta [groups]."""
-        layout = self._layout
-        adapts = self.search_distribution.adapts
-
-        def sums(
-            z: tf.Tensor, odd: tf.Tensor, even: tf.Tensor
-        ) -> list[tf.Tensor]:
-            terms = [estimators.weighted_noise(z, odd)]
-            if adapts:
-                terms.append(estimators.weighted_excess(z, even, layout))
-            return terms
-
-        noise_sum, *excess = source.reduce(
-            sums, estimators.pair_utilities(utilities, self.antithetic)
+        return NoiseSource(
+            plan, seed, spaces.noise_size, dtype, spaces.activations
         )
-        stddev = self._stddev(log_variance)
-        size = self.population_size
-        mean_gradient = estimators.mean_gradient(noise_sum, stddev, size)
-        variance_gradient = (
-            estimators.log_variance_gradient(excess[0], size)
-            if adapts
-            else tf.zeros_like(log_variance)
-        )
-        if self.natural_gradient:
-            return (
-                estimators.natural_mean_gradient(mean_gradient, stddev),
-                estimators.natural_log_variance_gradient(
-                    variance_gradient, layout
-                ),
-            )
-        return mean_gradient, variance_gradient
 
     def _update(
         self,

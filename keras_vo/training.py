@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from keras_vo import noise
+from keras_vo import noise, per_example
 from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
+from keras_vo.perturbation import Recording, entered
 
 __all__ = ["VOTrainStep"]
 
@@ -67,6 +68,7 @@ class VOTrainStep(_KerasModel):
     """
 
     jit_compile: bool  # Keras's property
+    _by_example = False
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step: metrics of the mean network, then a generation.
@@ -88,19 +90,39 @@ class VOTrainStep(_KerasModel):
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
         self._seed_random_layers(optimizer)
-        y_pred = self._call_in_training(x)
-        loss = self._training_loss(x, y, y_pred, sample_weight)
+        recording = Recording(self.trainable_variables)
+        with entered(recording):
+            y_pred = self._call_in_training(x)
+        data = (x, y, y_pred, sample_weight)
+        loss = self._training_loss(*data)
+        example_weights: Any = 1.0
+        if recording.sites:
+            inputs = [i for i in keras.tree.flatten(x) if i is not None]
+            recording.check_batch(tf.shape(inputs[0])[0])
+            example_weights = self._example_weights(data)
+            loss = tf.reduce_mean(loss)
 
         def objective(weights: list[tf.Tensor]) -> Any:
             mapping = zip(self.trainable_variables, weights, strict=True)
             # One scope around both calls: regularizers and add_loss are
             # evaluated at the member's weights, and all updates dropped.
-            with keras.StatelessScope(mapping, collect_losses=True):
+            with keras.StatelessScope(mapping, collect_losses=True) as scope:
                 y_pred = self._call_in_training(x)
-                return self._training_loss(x, y, y_pred, sample_weight)
+                loss = self._training_loss(x, y, y_pred, sample_weight)
+                if not recording.sites:
+                    return loss
+                self._check_no_added_losses(scope.losses)
+                examples, _ = self._example_losses(
+                    (x, y, y_pred, sample_weight)
+                )
+                return tf.reduce_mean(loss), examples
 
         generation = optimizer.step(
-            objective, self.trainable_variables, self.jit_compile
+            objective,
+            self.trainable_variables,
+            self.jit_compile,
+            recording,
+            example_weights,
         )
         self._population_metrics.update(generation)
         # After the step, which refuses a loss that is not a scalar.
@@ -145,6 +167,11 @@ class VOTrainStep(_KerasModel):
         ):
             self.optimizer.build(self.trainable_variables)
         super().load_weights(filepath, *args, **kwargs)
+
+    @property
+    def losses(self) -> list[Any]:
+        """As in Keras; none while the losses of examples are computed."""
+        return [] if self._by_example else super().losses
 
     @property
     def metrics(self) -> list[Any]:
@@ -202,3 +229,33 @@ class VOTrainStep(_KerasModel):
         return self.compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
         )
+
+    def _example_losses(
+        self, data: tuple[Any, ...]
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Losses [batch], and those of all examples' weights."""
+        self._by_example = True
+        try:
+            with per_example.by_example(self) as weights:
+                losses = self._training_loss(*data)
+        finally:
+            self._by_example = False
+        return per_example.checked_examples(losses), weights
+
+    def _example_weights(self, data: tuple[Any, ...]) -> Any:
+        """The examples' weights [batch], of mean 1; 1 if there are none."""
+        with keras.StatelessScope():  # no update of metrics
+            losses, weights = self._example_losses(data)
+        if not weights:
+            return 1.0
+        total = tf.add_n([tf.cast(w, losses.dtype) for w in weights])
+        return tf.math.divide_no_nan(total, tf.reduce_mean(total))
+
+    def _check_no_added_losses(self, added: list[Any]) -> None:
+        if added:
+            raise ValueError(
+                "LocalReparamDense needs a loss with a value for each "
+                "example, which `add_loss` and activity regularizers have "
+                "not. Expected: all of the loss in `compile(loss=...)` or "
+                f"`compute_loss`. Received: {len(added)} added losses"
+            )

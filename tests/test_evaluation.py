@@ -5,7 +5,12 @@ import pytest
 import tensorflow as tf
 
 from keras_vo import noise
-from keras_vo.evaluation import ChunkPlan, NoiseSource, evaluate_population
+from keras_vo.evaluation import (
+    ChunkPlan,
+    NoiseSource,
+    Outcome,
+    evaluate_population,
+)
 
 D = 5
 
@@ -17,7 +22,9 @@ def make_source(draws, chunk, keep):
 
 def expected_losses(draws, signs):
     seed = noise.generation_seed(tf.constant(1), tf.constant(0))
-    z = noise.draw_noise(seed, tf.range(draws, dtype=tf.int64), D, tf.float32)
+    z = noise.draw_noise(
+        seed, tf.range(draws, dtype=tf.int64), (D,), tf.float32
+    )
     mean = np.arange(D)
     return np.concatenate(
         [((mean + s * 0.5 * z.numpy()) ** 3).sum(-1) for s in signs]
@@ -32,18 +39,22 @@ def test_losses_and_sums_do_not_depend_on_chunks(graph, keep, chunk, signs):
     draws = 7
 
     def run():
-        losses, source = evaluate_population(
-            lambda w: tf.reduce_sum(w**3),
-            tf.range(float(D)),
-            tf.constant([0.5]),
+        population = evaluate_population(
+            lambda draws, sign: Outcome(
+                tf.reduce_sum(
+                    (tf.range(float(D)) + sign * 0.5 * draws.weights) ** 3
+                )
+            ),
             make_source(draws, min(chunk, draws), keep),
             signs,
         )
-        (total,) = source.reduce(
-            lambda z, w: [tf.linalg.matvec(z, w, transpose_a=True)],
-            [losses[:draws]],
+        (total,) = population.reduce(
+            lambda draws, _, w: [
+                tf.linalg.matvec(draws.weights, w, transpose_a=True)
+            ],
+            [population.losses[:draws]],
         )
-        return losses, total
+        return population.losses, total
 
     losses, total = (tf.function(run) if graph else run)()
     want, z = expected_losses(draws, signs)
@@ -87,29 +98,26 @@ def test_ops_with_and_without_a_vectorized_form(name, jit_compile):
 
     @tf.function
     def run():
-        scalar = tf.zeros([D]), tf.ones([1]), make_source(6, 4, True), (1.0,)
-        losses, _ = evaluate_population(
-            lambda w: tf.ensure_shape(loss(w), []), *scalar, jit_compile
-        )
-        return losses
+        return evaluate_population(
+            lambda draws, _: Outcome(tf.ensure_shape(loss(draws.weights), [])),
+            make_source(6, 4, True),
+            (1.0,),
+            jit_compile,
+        ).losses
 
     _, z = expected_losses(6, (1.0,))
     np.testing.assert_allclose(run(), value(z), rtol=1e-4, atol=1e-5)
 
 
 def test_the_objectives_own_error_is_raised():
-    def broken(w):
+    def broken(draws, sign):
         raise ValueError("my objective is broken")
 
     @tf.function
     def run():
         return evaluate_population(
-            broken,
-            tf.zeros([D]),
-            tf.ones([1]),
-            make_source(4, 4, True),
-            (1.0,),
-        )[0]
+            broken, make_source(4, 4, True), (1.0,)
+        ).losses
 
     with pytest.raises(ValueError, match="my objective is broken"):
         run()

@@ -10,7 +10,7 @@ from keras_vo import noise
 def draw(seed, generation, draws, size=1000, dtype=tf.float32):
     key = noise.generation_seed(tf.constant(seed), tf.constant(generation))
     ids = tf.constant(draws, tf.int64)
-    return noise.draw_noise(key, ids, size, dtype).numpy()
+    return noise.draw_noise(key, ids, (size,), dtype).numpy()
 
 
 def test_a_row_depends_on_its_own_index_only():
@@ -33,10 +33,10 @@ def test_graph_and_eager_agree():
 
     @tf.function
     def in_graph():
-        return noise.draw_noise(key, ids, 50, tf.float32)
+        return noise.draw_noise(key, ids, (50,), tf.float32)
 
     np.testing.assert_array_equal(
-        in_graph(), noise.draw_noise(key, ids, 50, tf.float32)
+        in_graph(), noise.draw_noise(key, ids, (50,), tf.float32)
     )
 
 

@@ -65,7 +65,7 @@ def noise_of(optimizer, generation, draws, dtype=tf.float64, size=3):
         tf.constant(optimizer.seed), tf.constant(generation)
     )
     ids = tf.range(draws, dtype=tf.int64)
-    return noise.draw_noise(key, ids, size, dtype).numpy()
+    return noise.draw_noise(key, ids, (size,), dtype).numpy()
 
 
 # --- goldens ---
@@ -96,9 +96,9 @@ def fixed_noise(monkeypatch):
     def use(rows):
         generation = iter(rows)
 
-        def draw(seed, draws, size, dtype):
+        def draw(seed, draws, shape, dtype):
             del seed, draws
-            values = np.reshape(next(generation), [-1, size])
+            values = np.reshape(next(generation), [-1, *shape])
             return tf.constant(values, dtype)
 
         monkeypatch.setattr(noise, "draw_noise", draw)

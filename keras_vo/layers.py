@@ -1,0 +1,150 @@
+"""Dense layers that are perturbed in ways of their own.
+
+While a population is evaluated, each of these layers asks the current scope
+(see `perturbation`) for its perturbation. Everywhere else they are
+`keras.layers.Dense`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import keras
+
+from keras_vo import perturbation
+
+__all__ = ["LocalReparamDense", "LowRankDense"]
+
+
+class _PerturbedDense(keras.layers.Dense):
+    """`Dense` that asks the current scope for its perturbation."""
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        scope = perturbation.current_scope()
+        if scope is None or not scope.searches(self.kernel):
+            return super().call(inputs, training=training)
+        outputs = self._perturbed(scope, inputs)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _perturbed(self, scope: Any, inputs: Any) -> Any:
+        raise NotImplementedError
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class LocalReparamDense(_PerturbedDense):
+    """`keras.layers.Dense`, trained by local reparameterization.
+
+    Where other layers give each member of the population one noise vector
+    over their weights, which all examples of the batch share, this one
+    perturbs its outputs, freshly for each member, example and unit:
+
+        Z = m + sqrt(v) xi,   xi ~ N(0, 1),
+        m = A mu,   v = A^2 sigma^2     [1, eq. 28-31; 2]
+
+    with the layer's inputs A (1 for the bias), weights mu and their sigma.
+    The marginal distribution of each example's outputs is the same, but the
+    examples no longer share their noise, and each is judged by its own loss,
+    so that the search gradient has far less variance. The gradients, for the
+    weights and for sigma, are in `keras_vo.local_reparameterization`.
+
+    This needs a loss with a value for each example: a loss whose `reduction`
+    is a mean or a sum over the batch (Keras's are), or a `compute_loss` that
+    returns a tensor [batch]. Losses of the whole batch only (`add_loss`,
+    activity regularizers, F1 over the batch) and regularizers of this layer's
+    own weights are refused: no gradient would reach it; for weight decay, set
+    `weight_decay` of the inner optimizer.
+
+    Everywhere but in the evaluation of a population (inference, metrics of
+    `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
+    same arguments and weights.
+
+    Inputs may have rank 2 and higher, [batch, ..., in]: as in Dense, the last
+    axis is contracted. The noise is then independent for each position
+    between the first and the last axis too, as it is for each example; under
+    one perturbed kernel the positions would be correlated. All positions of
+    an example are judged by the example's loss.
+
+    What an example does to others through the statistics of a
+    BatchNormalization behind this layer is not credited to it.
+
+    Args:
+        *args: those of `keras.layers.Dense`.
+        **kwargs: those of `keras.layers.Dense`.
+
+    References:
+        [1] Havtorn, "Variational Optimization of Neural Networks", 2018.
+        [2] Kingma, Salimans, Welling, "Variational Dropout and the Local
+            Reparameterization Trick", 2015, arXiv 1506.02557.
+    """
+
+    def _perturbed(self, scope: Any, inputs: Any) -> Any:
+        outputs = keras.ops.matmul(inputs, self.kernel)
+        if self.bias is not None:
+            outputs = keras.ops.add(outputs, self.bias)
+        return scope.perturb_activations(
+            self.name, self.kernel, self.bias, inputs, outputs
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_vo")
+class LowRankDense(_PerturbedDense):
+    """`keras.layers.Dense` whose kernel is perturbed by noise of low rank.
+
+    A member's kernel is W + sigma E with E = A^T B / sqrt(r) and standard
+    normal A [r, in] and B [r, out], applied as
+
+        x (W + sigma E) = x W + sigma (x A^T) B / sqrt(r)              [1]
+
+    Members share the product with W, no perturbed kernel is formed, and
+    r (in + out) numbers are drawn instead of in * out: steps on wide layers
+    and with large populations are several times faster than with full-rank
+    noise. The bias is perturbed as any other weight. Where each weight has a
+    variance of its own ("separable"), a step moves log sigma^2 of the kernel
+    by a term for each row and one for each column. The gradients are in
+    `keras_vo.low_rank`.
+
+    Everywhere but in the evaluation of a population (inference, metrics of
+    `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
+    same weights.
+
+    Args:
+        units: number of outputs.
+        *args: further arguments of `keras.layers.Dense`.
+        rank: the rank r of the noise, 1 or more.
+        **kwargs: those of `keras.layers.Dense`.
+
+    Raises:
+        ValueError: `rank` is not a positive integer.
+
+    References:
+        [1] Sarkar et al., "Evolution Strategies at the Hyperscale", 2025,
+            arXiv 2511.16652.
+    """
+
+    def __init__(
+        self, units: int, *args: Any, rank: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(units, *args, **kwargs)
+        self.rank = _checked_rank(rank)
+
+    def _perturbed(self, scope: Any, inputs: Any) -> Any:
+        outputs = scope.low_rank_product(self.kernel, self.rank, inputs)
+        if self.bias is not None:
+            outputs = keras.ops.add(outputs, self.bias)
+        return outputs
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rank": self.rank}
+
+
+def _checked_rank(rank: int) -> int:
+    try:
+        value = operator.index(rank)
+    except TypeError:
+        value = 0
+    if value < 1:
+        raise ValueError(
+            f"`rank` must be a positive integer. Received: rank={rank!r}"
+        )
+    return value

@@ -1,0 +1,221 @@
+"""Local reparameterization: noise on activations instead of weights.
+
+A dense layer Z = A W (the bias is an input that is always 1) with factorised
+Gaussian weights W ~ N(mu, sigma^2) has Gaussian outputs [1, eq. 28-31]:
+
+    Z_i = m_i + sqrt(v_i) xi_i,   xi ~ N(0, I),
+    m = A mu,   v = A^2 sigma^2     (squares elementwise)
+
+Sampling xi per example and unit, instead of one W for the whole batch, makes
+the examples' losses independent given the inputs, so that the noise of one
+example does not blur the gradient of the others. The score of Z gives the
+search gradients, with f_b the loss of example b alone and a baseline or any
+shaping in u_b:
+
+    dU/dmu_ji      = 1/B sum_b u_b A_bj xi_bi / sqrt(v_bi)
+    dU/dsigma^2_ji = 1/B sum_b u_b A_bj^2 (xi_bi^2 - 1) / (2 v_bi)
+
+averaged over the population; dU/dbeta = sigma^2 dU/dsigma^2 for
+beta = log sigma^2. Neither the loss nor the network is differentiated.
+
+Inputs of rank 3 and higher have positions between the batch axis and the last
+one; each position has a noise of its own, and the sums run over all of them.
+(Under one W, positions of one example would be correlated: this is another
+distribution with the same marginals.)
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+        Eq. 31b there squares the sum; the sum of squares is meant.
+    [2] Kingma, Salimans, Welling, "Variational Dropout and the Local
+        Reparameterization Trick", 2015, arXiv 1506.02557.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+__all__ = [
+    "ActivationNoise",
+    "activation_variance",
+    "log_variance_sums",
+    "mean_sums",
+    "scores",
+]
+
+
+def activation_variance(
+    inputs: tf.Tensor, kernel_variance: tf.Tensor, bias_variance: tf.Tensor
+) -> tf.Tensor:
+    """v = A^2 sigma^2.
+
+    Args:
+        inputs: A [..., in].
+        kernel_variance: sigma^2 of the kernel, [in, out] or a scalar that all
+            its weights share.
+        bias_variance: sigma^2 of the bias, [out] or a scalar; 0 without one.
+
+    Returns:
+        [..., out], or [..., 1] where all units have the same variance.
+    """
+    squares = tf.square(inputs)
+    if kernel_variance.shape.rank == 0:
+        shared = tf.reduce_sum(squares, axis=-1, keepdims=True)
+        return kernel_variance * shared + bias_variance
+    return tf.linalg.matmul(squares, kernel_variance) + bias_variance
+
+
+def scores(
+    noise: tf.Tensor, excess: tf.Tensor, variance: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The scores of the activations, weighted by utilities.
+
+    Args:
+        noise: u xi [..., units], or sums of it.
+        excess: u (xi^2 - 1), alike.
+        variance: v, broadcasts against both.
+
+    Returns:
+        u d log p / dm = u xi / sqrt(v) and
+        u d log p / dv = u (xi^2 - 1) / (2 v); both 0 where v is 0.
+    """
+    return (
+        tf.math.divide_no_nan(noise, tf.sqrt(variance)),
+        tf.math.divide_no_nan(excess, 2.0 * variance),
+    )
+
+
+def mean_sums(
+    inputs: tf.Tensor, score: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums for dU/dmu: inputs [M, in] and scores of m [M, units].
+
+    Returns:
+        For the kernel [in, units] and for the bias [units].
+    """
+    kernel = tf.linalg.matmul(inputs, score, transpose_a=True)
+    return kernel, tf.reduce_sum(score, axis=0)
+
+
+def log_variance_sums(
+    inputs: tf.Tensor,
+    score: tf.Tensor,
+    kernel_variance: tf.Tensor,
+    bias_variance: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums for dU/dbeta: inputs [M, in] and scores of v [M, units].
+
+    Returns:
+        For the kernel, [in, units], or a scalar (the total) where all its
+        weights share one variance; for the bias [units] or a scalar.
+    """
+    squares = tf.square(inputs)
+    if kernel_variance.shape.rank == 0:
+        shared = tf.linalg.matvec(
+            score, tf.reduce_sum(squares, axis=-1), transpose_a=True
+        )
+        kernel = kernel_variance * tf.reduce_sum(shared)
+    else:
+        kernel = kernel_variance * tf.linalg.matmul(
+            squares, score, transpose_a=True
+        )
+    bias = bias_variance * tf.reduce_sum(score, axis=0)
+    if bias_variance.shape.rank == 0:
+        bias = tf.reduce_sum(bias)
+    return kernel, bias
+
+
+class ActivationNoise:
+    """The noise of the activations of one call of a layer.
+
+    Args:
+        inputs: A [batch, ..., in] in the mean network.
+        kernel_variance: sigma^2 of the kernel, [in, out] or a scalar.
+        bias_variance: sigma^2 of the bias, [out] or a scalar; `None` where
+            there is no bias, or none that is searched over.
+        adapts: whether sigma is to be changed.
+
+    Attributes:
+        variance: v in the mean network.
+    """
+
+    def __init__(
+        self,
+        inputs: tf.Tensor,
+        kernel_variance: tf.Tensor,
+        bias_variance: tf.Tensor | None,
+        adapts: bool,
+    ) -> None:
+        self._has_bias = bias_variance is not None
+        self._adapts = adapts
+        self._kernel_variance = kernel_variance
+        self._bias_variance = (
+            tf.zeros([], kernel_variance.dtype)
+            if bias_variance is None
+            else bias_variance
+        )
+        self._inputs = _finite(tf.cast(inputs, kernel_variance.dtype))
+        self.variance = self.variance_of(self._inputs)
+
+    def variance_of(self, inputs: tf.Tensor) -> tf.Tensor:
+        """v from A: see `activation_variance`."""
+        return activation_variance(
+            inputs, self._kernel_variance, self._bias_variance
+        )
+
+    def sums(
+        self,
+        noise: tf.Tensor,
+        record: tuple[tf.Tensor, ...],
+        utilities: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """Sums of the scores over a chunk of members, times utilities.
+
+        Args:
+            noise: xi [chunk, batch, ..., units]; the second of two signs has
+                -xi.
+            record: A and v of each member, [chunk, signs, batch, ..., in or
+                units]; empty if they are the mean network's.
+            utilities: u [chunk, signs, batch].
+
+        Returns:
+            For the kernel, then for the bias if there is one: the sum for mu
+            and, if sigma is to be changed, the sum for beta.
+        """
+        signs = utilities.shape[1]
+        positions = [1] * (noise.shape.rank - 2)
+        utilities = tf.reshape(
+            utilities, tf.concat([tf.shape(utilities), positions], axis=0)
+        )
+        noise = tf.stack([noise, -noise][:signs], axis=1)
+        weighted = utilities * noise
+        excess = utilities * (tf.square(noise) - 1.0)
+        if record:
+            inputs, variance = (_finite(values) for values in record)
+        else:
+            inputs, variance = self._inputs, self.variance
+            weighted = tf.reduce_sum(weighted, axis=[0, 1])
+            excess = tf.reduce_sum(excess, axis=[0, 1])
+        flat = [
+            tf.reshape(values, [-1, values.shape[-1]])
+            for values in (inputs, *scores(weighted, excess, variance))
+        ]
+        inputs, mean_score, variance_score = flat
+        sums = [mean_sums(inputs, mean_score)]
+        if self._adapts:
+            sums.append(
+                log_variance_sums(
+                    inputs,
+                    variance_score,
+                    self._kernel_variance,
+                    self._bias_variance,
+                )
+            )
+        by_weight = list(zip(*sums, strict=True))
+        return [
+            term for terms in by_weight[: 1 + self._has_bias] for term in terms
+        ]
+
+
+def _finite(values: tf.Tensor) -> tf.Tensor:
+    """Zeros in place of what is not finite: such members have no say."""
+    return tf.where(tf.math.is_finite(values), values, 0)

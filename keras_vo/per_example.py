@@ -1,0 +1,131 @@
+"""The losses of single examples, from a compiled Keras model.
+
+Keras reduces each compiled loss to one number. Here the same losses, with
+their weights and masks, are left one number an example, scaled such that
+
+    mean_b f_b = the scalar loss
+
+for every reduction of Keras ("sum_over_batch_size", "sum", "mean",
+"mean_with_sample_weight"). Where a loss has positions besides the batch axis,
+an example's is the mean over its positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+__all__ = ["ExampleLoss", "by_example", "checked_examples"]
+
+
+class ExampleLoss:
+    """A Keras loss without its reduction over the batch.
+
+    Args:
+        loss: a `keras.losses.Loss`.
+        share: its weight among the losses of a model.
+        weights: a list, to which each call appends the weights [batch] of the
+            examples.
+    """
+
+    def __init__(self, loss: Any, share: Any, weights: list[tf.Tensor]) -> None:
+        self._loss = loss
+        self._share = 1.0 if share is None else share
+        self._weights = weights
+
+    def __call__(
+        self, y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> tf.Tensor:
+        """The examples' losses [batch].
+
+        Raises:
+            ValueError: the loss has no value for each example.
+        """
+        arguments = (y_true, y_pred, sample_weight)
+        values = _unreduced(self._loss, arguments)
+        if values.shape.rank == 0:
+            raise ValueError(
+                "LocalReparamDense needs a loss with a value for each "
+                "example. Expected: a loss function that returns a tensor "
+                "[batch, ...], as those of keras.losses do. Received: a "
+                f"scalar from the loss {self._loss.name!r}. (For a loss of "
+                "the whole batch use Dense or LowRankDense.)"
+            )
+        ones = _Ones(self._loss)
+        weights = _unreduced(ones, arguments)
+        # The reduction divides by the batch, the valid positions, ...
+        scale = tf.math.divide_no_nan(ones(*arguments), tf.reduce_mean(weights))
+        self._weights.append(self._share * _mean_of_positions(scale * weights))
+        return _mean_of_positions(scale * values)
+
+
+class _Ones(keras.losses.Loss):
+    """1 in place of each value of `loss`; weighted, masked, reduced alike."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__(reduction=loss.reduction, dtype=loss.dtype)
+        self._of = loss
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        values = keras.ops.convert_to_tensor(self._of.call(y_true, y_pred))
+        ones = tf.ones_like(values)
+        mask = getattr(values, "_keras_mask", None)
+        if mask is not None:
+            ones._keras_mask = mask
+        return ones
+
+
+def _unreduced(loss: Any, arguments: tuple[Any, ...]) -> tf.Tensor:
+    reduction = loss.reduction
+    loss.reduction = None
+    try:
+        return tf.convert_to_tensor(loss(*arguments))
+    finally:
+        loss.reduction = reduction
+
+
+def _mean_of_positions(values: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+
+
+@contextlib.contextmanager
+def by_example(model: Any) -> Iterator[list[tf.Tensor]]:
+    """Lets the compiled losses of `model` return the losses of examples.
+
+    Yields:
+        A list, to which each compiled loss appends its examples' weights
+        [batch], of mean 1 where there are no sample weights.
+    """
+    weights: list[tf.Tensor] = []
+    compiled = model._compile_loss
+    if compiled is None:  # an overridden compute_loss
+        yield weights
+        return
+    losses = compiled._flat_losses
+    compiled._flat_losses = [
+        entry._replace(
+            loss=ExampleLoss(entry.loss, entry.loss_weights, weights)
+        )
+        for entry in losses
+    ]
+    try:
+        yield weights
+    finally:
+        compiled._flat_losses = losses
+
+
+def checked_examples(losses: Any) -> tf.Tensor:
+    """What compute_loss returned, the losses [batch] of the examples."""
+    losses = tf.convert_to_tensor(losses)
+    if losses.shape.rank != 1:
+        raise ValueError(
+            "LocalReparamDense needs the loss of each example. Expected: a "
+            "`compute_loss` that returns a tensor [batch], or the value of "
+            "`super().compute_loss`. Received: a tensor of shape "
+            f"{tuple(losses.shape)}"
+        )
+    return losses
