@@ -154,18 +154,27 @@ class Recording:
         self.sites.append(LocalSite(name, kernel, bias, inputs, outputs))
         return outputs
 
-    def check_batch(self, batch: tf.Tensor) -> None:
-        """Raises when run if a call's first axis is not of the batch's size.
+    def check_batch(self, inputs: tf.Tensor) -> None:
+        """Checks that each call had the examples along its first axis.
 
         Args:
-            batch: number of examples, a scalar.
+            inputs: of the model, [batch, ...].
+
+        Raises:
+            ValueError: a call had not; or, where only running the step tells,
+                an InvalidArgumentError then.
         """
         for site in self.sites:
-            tf.debugging.assert_equal(
-                tf.shape(site.outputs)[0],
-                batch,
+            message = (
                 f"Layer {site.name!r}, a LocalReparamDense, must be called "
-                "with the examples along the first axis.",
+                "with the examples along the first axis. "
+                f"Expected: size {inputs.shape[0]}, as the model's inputs. "
+                f"Received: {site.outputs.shape[0]}"
+            )
+            if not inputs.shape[:1].is_compatible_with(site.outputs.shape[:1]):
+                raise ValueError(message)
+            tf.debugging.assert_equal(
+                tf.shape(site.outputs)[0], tf.shape(inputs)[0], message
             )
 
 

@@ -98,7 +98,7 @@ class VOTrainStep(_KerasModel):
         example_weights: Any = 1.0
         if recording.sites:
             inputs = [i for i in keras.tree.flatten(x) if i is not None]
-            recording.check_batch(tf.shape(inputs[0])[0])
+            recording.check_batch(tf.convert_to_tensor(inputs[0]))
             example_weights = self._example_weights(data)
             loss = tf.reduce_mean(loss)
 

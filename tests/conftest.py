@@ -17,4 +17,5 @@ def fresh_keras():
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     yield
+    keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")

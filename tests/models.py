@@ -26,13 +26,15 @@ def make_layers(**kwargs):
 
 def make_optimizer(search_distribution="layerwise", **kwargs):
     """Nothing that a test could depend on is left to the defaults."""
+    if isinstance(search_distribution, str):
+        search_distribution = keras_vo.GaussianSearchDistribution(
+            search_distribution, stddev=0.2, learning_rate=0.1
+        )
     settings = {
         "population_size": 8,
         "seed": 7,
         "inner_optimizer": keras.optimizers.Adam(0.05),
-        "search_distribution": keras_vo.GaussianSearchDistribution(
-            search_distribution, stddev=0.2, learning_rate=0.1
-        ),
+        "search_distribution": search_distribution,
         "natural_gradient": True,
         "antithetic": True,
         "fitness_shaping": "centered_rank",

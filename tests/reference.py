@@ -111,3 +111,88 @@ def search_step(
         utilities = SHAPINGS[shaping](losses)
     grad_mu, grad_beta = gradients(z, utilities, sigma, groups, natural)
     return mu - rate * grad_mu, beta - beta_rate * grad_beta
+
+
+def local_reparameterization(
+    x,
+    example_losses,
+    layers,
+    noise,
+    *,
+    full=None,
+    shaping="identity",
+    antithetic=True,
+):
+    """dU/dmu and dU/dbeta of every weight, one beta a weight.
+
+    Args:
+        x: inputs [batch, in].
+        example_losses: from the last outputs [batch, units] to [batch].
+        layers: (kernel, bias, kernel sigma, bias sigma, activation) each.
+        noise: for each layer [draws, batch, units].
+        full: for a first layer in weight space, the same five, and its kernel
+            and bias noise [draws, ...]; None without one.
+        shaping: applied over members, example by example.
+        antithetic: whether the second half of the members mirrors the noise.
+
+    Returns:
+        The members' losses [N, batch], and for each layer, the one in weight
+        space first, (dU/dW, dU/db, dU/dbeta_W, dU/dbeta_b).
+    """
+    signs = (1, -1) if antithetic else (1,)
+    runs = []
+    for sign in signs:
+        for n in range(len(noise[0])):
+            inputs, scores = x, []
+            full_noise = None
+            if full:
+                kernel, bias, kernel_sigma, bias_sigma, activation, zw, zb = (
+                    full
+                )
+                full_noise = sign * zw[n], sign * zb[n]
+                inputs = activation(
+                    x @ (kernel + kernel_sigma * full_noise[0])
+                    + bias
+                    + bias_sigma * full_noise[1]
+                )
+            for layer, xi in zip(layers, noise, strict=True):
+                kernel, bias, kernel_sigma, bias_sigma, activation = layer
+                m = inputs @ kernel + bias
+                v = inputs**2 @ kernel_sigma**2 + bias_sigma**2
+                scores.append((inputs, v, sign * xi[n]))
+                inputs = activation(m + np.sqrt(v) * sign * xi[n])
+            runs.append((example_losses(inputs), scores, full_noise))
+    losses = np.array([run[0] for run in runs])
+    count, batch = losses.shape
+
+    def shaped(values):
+        if shaping == "identity":
+            return identity(values, antithetic)
+        return SHAPINGS[shaping](values)
+
+    utilities = np.stack([shaped(losses[:, b]) for b in range(batch)], 1)
+    mean_utilities = shaped(losses.mean(1))
+    gradients = []
+    if full:
+        parts = [np.zeros_like(a) for a in (*full[:2], *full[:2])]
+        for u, (_, _, z) in zip(mean_utilities, runs, strict=True):
+            for k in range(2):
+                parts[k] += u * z[k] / full[2 + k] / count
+                parts[2 + k] += u * (z[k] ** 2 - 1) / 2 / count
+        gradients.append(parts)
+    for index, layer in enumerate(layers):
+        kernel, bias, kernel_sigma, bias_sigma, _ = layer
+        parts = [np.zeros_like(a) for a in (kernel, bias, kernel, bias)]
+        for n in range(count):
+            a, v, xi = runs[n][1][index]
+            for b in range(batch):
+                for i in range(len(bias)):
+                    u = utilities[n, b] / count / batch
+                    dm = u * xi[b, i] / np.sqrt(v[b, i])
+                    dv = u * (xi[b, i] ** 2 - 1) / (2 * v[b, i])
+                    parts[0][:, i] += a[b] * dm
+                    parts[1][i] += dm
+                    parts[2][:, i] += a[b] ** 2 * dv * kernel_sigma[:, i] ** 2
+                    parts[3][i] += dv * bias_sigma[i] ** 2
+        gradients.append(parts)
+    return losses, gradients

@@ -1,0 +1,341 @@
+"""Losses of single examples: what Keras adds up, and what is refused."""
+
+import itertools
+
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_vo
+from keras_vo import per_example
+from keras_vo.layers import LocalReparamDense
+
+layers = keras.layers
+REDUCTIONS = ["sum_over_batch_size", "sum", "mean", "mean_with_sample_weight"]
+BATCH = 5
+
+
+def make_problem(masked, positions):
+    """A compiled model, its data and (masked) predictions."""
+    rng = np.random.default_rng(0)
+    steps = (4,) if positions or masked else ()
+    x = rng.integers(0, 3, size=(BATCH, 4)) if masked else None
+    if x is None:
+        x = rng.normal(size=(BATCH, *steps, 3)).astype("float32")
+    y = rng.normal(size=(BATCH, *steps, 2)).astype("float32")
+    body = [layers.Embedding(3, 3, mask_zero=True)] if masked else []
+    return [*body, layers.Dense(2)], x, y
+
+
+@pytest.mark.parametrize(
+    "reduction, weighted, masked, positions",
+    list(itertools.product(REDUCTIONS, *[[False, True]] * 3)),
+)
+def test_their_mean_is_the_loss(reduction, weighted, masked, positions):
+    body, x, y = make_problem(masked, positions)
+    model = models.make_model(
+        body, shape=x.shape[1:], loss=keras.losses.Huber(reduction=reduction)
+    )
+    rng = np.random.default_rng(1)
+    weight = None
+    if weighted:
+        weight = tf.constant(rng.uniform(1, 2, BATCH), tf.float32)
+        if positions or masked:
+            weight = weight[:, None]
+    y_pred = model(x)
+    want = model.compute_loss(x, y, y_pred, weight)
+    with per_example.by_example(model) as weights:
+        losses = model.compute_loss(x, y, y_pred, weight)
+    assert losses.shape == (BATCH,)
+    np.testing.assert_allclose(tf.reduce_mean(losses), want, rtol=1e-5)
+    # And each is its own: another target moves only its example's.
+    other = y.copy()
+    other[2] += 1.0
+    with per_example.by_example(model):
+        moved = model.compute_loss(x, other, y_pred, weight) - losses
+    assert np.flatnonzero(np.abs(moved) > 1e-6).tolist() == [2]
+    # The weights are what a loss of 1 everywhere would have.
+    assert weights[0].shape == (BATCH,)
+    if weighted and not masked:
+        np.testing.assert_allclose(
+            weights[0] / weights[0][0],
+            tf.squeeze(weight) / tf.squeeze(weight)[0],
+            rtol=1e-5,
+        )
+    # Nothing is left behind.
+    np.testing.assert_array_equal(
+        model.compute_loss(x, y, y_pred, weight), want
+    )
+
+
+def test_ignored_labels():
+    """A loss may have a mask of its own."""
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=2
+    )
+    model = models.make_model([layers.Dense(3)], loss=loss)
+    x, y = models.make_data()
+    y_pred = model(x)
+    want = model.compute_loss(x, y, y_pred)
+    with per_example.by_example(model) as weights:
+        losses = model.compute_loss(x, y, y_pred)
+    ignored = np.squeeze(y) == 2
+    assert np.all(losses[ignored] == 0) and np.all(weights[0][ignored] == 0)
+    np.testing.assert_allclose(tf.reduce_mean(losses), want, rtol=1e-5)
+
+
+def two_outputs(**compiling):
+    inputs = keras.Input((4,))
+    hidden = LocalReparamDense(5, activation="relu")(inputs)
+    model = keras_vo.VOModel(
+        inputs,
+        [
+            LocalReparamDense(1, name="a")(hidden),
+            LocalReparamDense(3, name="b")(hidden),
+        ],
+    )
+    model.compile(
+        optimizer=models.make_optimizer(),
+        loss=[
+            "mse",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ],
+        **compiling,
+    )
+    return model
+
+
+def test_several_outputs_with_weights():
+    x, y = models.make_data()
+    model = two_outputs(loss_weights=[0.5, 2.0])
+    logs = model.train_on_batch(x, [x[:, :1], y], return_dict=True)
+    y_pred, targets = model(x), [x[:, :1], y]
+    want = model.compute_loss(x, targets, y_pred)
+    with per_example.by_example(model):
+        losses = model.compute_loss(x, targets, y_pred)
+    np.testing.assert_allclose(tf.reduce_mean(losses), want, rtol=1e-5)
+    np.testing.assert_allclose(
+        logs["loss"], 0.5 * logs["a_loss"] + 2 * logs["b_loss"], rtol=1e-5
+    )
+    first = models.fit(model, x, [x[:, :1], y], epochs=10)["loss"]
+    assert first[-1] < first[0]
+
+
+# --- weights of examples, in training ---
+
+
+def make_lr_model(**kwargs):
+    keras.utils.set_random_seed(0)
+    return models.make_model(
+        [LocalReparamDense(5, activation="relu"), LocalReparamDense(3)],
+        **{"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+        | kwargs,
+    )
+
+
+@pytest.mark.parametrize("shaping", ["identity", "centered_rank"])
+def test_examples_of_weight_zero_teach_nothing(shaping):
+    """Their labels do not matter; under ranks neither."""
+    x, y = models.make_data(8)
+    weight = np.array([1.0, 0, 2, 0, 1, 3, 0, 1], "float32")
+    wrong = np.where(weight[:, None] == 0, (y + 1) % 3, y)
+    states = []
+    for labels in (y, wrong):
+        model = make_lr_model(
+            optimizer=models.make_optimizer(fitness_shaping=shaping)
+        )
+        model.train_on_batch(x, labels, sample_weight=weight)
+        states.append(models.search_state(model))
+    models.assert_same_state(*states)
+
+
+@pytest.mark.parametrize("shaping", ["identity", "centered_rank"])
+def test_a_weight_of_two_is_an_example_twice_as_loud(shaping):
+    """The gradient is linear in the weights, ranks or not."""
+
+    def step(weight):
+        model = make_lr_model(
+            optimizer=models.make_optimizer(
+                inner_optimizer=keras.optimizers.SGD(1.0),
+                fitness_shaping=shaping,
+            )
+        )
+        before = models.weights(model)
+        x, y = models.make_data(8)
+        model.train_on_batch(x, y, sample_weight=np.float32(weight))
+        return models.weights(model) - before
+
+    base = np.array([1.0, 1, 1, 1, 1, 1, 1, 1])
+    one = np.eye(8)[3]
+    # The weights are made to have mean 1 for ranks; the loss is not.
+    scale = 1.0 if shaping == "identity" else (base + one).mean()
+    if shaping == "identity":
+        change = step(base + one) - step(base)
+        np.testing.assert_allclose(
+            step(base + 2 * one) - step(base), 2 * change, rtol=1e-3, atol=1e-6
+        )
+    else:
+        change = scale * step(base + one) - step(base)
+        three = (base + 2 * one).mean() * step(base + 2 * one) - step(base)
+        np.testing.assert_allclose(three, 2 * change, rtol=1e-3, atol=1e-6)
+    assert np.abs(change).max() > 1e-3
+
+
+def test_class_weight_is_sample_weight():
+    x, y = models.make_data()
+    states = []
+    for kwargs in (
+        {"class_weight": {0: 1.0, 1: 2.0, 2: 0.5}},
+        {"sample_weight": np.array([1.0, 2.0, 0.5])[y[:, 0]]},
+    ):
+        model = make_lr_model()
+        models.fit(model, x, y, **kwargs)
+        states.append(models.search_state(model))
+    models.assert_same_state(*states)
+
+
+# --- compute_loss ---
+
+
+class OwnLoss(keras_vo.VOModel):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return tf.reduce_sum(tf.square(y_pred - y), axis=-1)
+
+
+class OwnScalarLoss(keras_vo.VOModel):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return tf.reduce_mean(tf.square(y_pred - y))
+
+
+class SupersLoss(keras_vo.VOModel):
+    def compute_loss(self, *args, **kwargs):
+        return 2.0 * super().compute_loss(*args, **kwargs)
+
+
+def make_own(cls, **compiling):
+    inputs = keras.Input((4,))
+    keras.utils.set_random_seed(0)
+    model = cls(inputs, LocalReparamDense(1)(inputs))
+    model.compile(optimizer=models.make_optimizer(), **compiling)
+    return model
+
+
+@pytest.mark.parametrize("cls", [OwnLoss, SupersLoss])
+def test_an_overridden_compute_loss(cls):
+    x, _ = models.make_data()
+    model = make_own(cls, **({} if cls is OwnLoss else {"loss": "mse"}))
+    history = models.fit(model, x, x[:, :1], epochs=20)
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+
+
+# --- refused ---
+
+
+def scalar_loss(y_true, y_pred):
+    return tf.reduce_mean(tf.square(y_true - y_pred))
+
+
+class AddsLoss(layers.Layer):
+    def call(self, inputs):
+        self.add_loss(tf.reduce_mean(inputs))
+        return inputs
+
+
+LR = LocalReparamDense
+
+
+class Cell(layers.Layer):
+    """A recurrent cell of a LocalReparamDense: a call for each time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.state_size = self.output_size = 2
+        self.dense = LR(2)
+
+    def build(self, input_shape):
+        self.dense.build((None, 2))
+
+    def call(self, inputs, states, training=False):
+        output = self.dense(inputs + states[0])
+        return output, [output]
+
+
+REFUSED = {
+    "scalar loss": (lambda: [LR(1)], "value for each example.*scalar_loss"),
+    "add_loss": (lambda: [AddsLoss(), LR(1)], "`add_loss`.*1 added"),
+    "activity": (
+        lambda: [layers.Dense(2, activity_regularizer="l2"), LR(1)],
+        "activity regularizers",
+    ),
+    "regularizer": (lambda: [LR(1, kernel_regularizer="l2")], "`weight_decay`"),
+    "loop": (
+        lambda: [layers.Reshape((2, 2)), layers.RNN(Cell()), LR(1)],
+        "called in a loop",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_value_for_each_example(name):
+    make, message = REFUSED[name]
+    x, _ = models.make_data()
+    loss = scalar_loss if name == "scalar loss" else "mse"
+    model = models.make_model(make(), loss=loss)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=f"(?s){message}.*"):
+        models.fit(model, x, x[:, :1])
+    models.assert_same_state(before, model.get_weights())
+
+
+def test_a_scalar_compute_loss():
+    x, _ = models.make_data()
+    with pytest.raises(ValueError, match=r"tensor \[batch\].*shape \(\)"):
+        models.fit(make_own(OwnScalarLoss), x, x[:, :1])
+
+
+class Folds(layers.Layer):
+    def call(self, inputs):
+        return tf.reshape(inputs, [-1, 2])
+
+
+class Unfolds(layers.Layer):
+    def call(self, inputs):
+        return tf.reshape(inputs, [-1, 2])
+
+
+def test_examples_not_along_the_first_axis():
+    x, _ = models.make_data()
+    model = keras_vo.VOSequential([Folds(), LR(1), Unfolds()])
+    model.compile(optimizer=models.make_optimizer(), loss="mse")
+    with pytest.raises(ValueError, match="first axis"):
+        models.fit(model, x, x[:, :2])
+
+
+def test_regularizers_of_other_layers_are_those_of_the_member():
+    """A weight-space layer is judged by the whole loss of a member."""
+    x, _ = models.make_data()
+
+    def loss_of(strength):
+        keras.utils.set_random_seed(0)
+        model = models.make_model(
+            [
+                layers.Dense(
+                    2, kernel_regularizer=keras.regularizers.L2(strength)
+                ),
+                LR(1),
+            ],
+            loss="mse",
+        )
+        kernel = model.get_weights()[0]
+        logs = model.train_on_batch(x, x[:, :1], return_dict=True)
+        return logs, kernel
+
+    (plain, kernel), (strong, _) = loss_of(0.0), loss_of(1.0)
+    np.testing.assert_allclose(
+        strong["loss"] - plain["loss"], (kernel**2).sum(), rtol=1e-4
+    )
+    # E|W + sigma z|^2 = |W|^2 + d sigma^2, four pairs: within a factor 2.
+    extra = strong["population_loss"] - plain["population_loss"]
+    assert extra > (kernel**2).sum()
