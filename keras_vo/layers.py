@@ -7,17 +7,19 @@ While a population is evaluated, each of these layers asks the current scope
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from keras_vo import perturbation
 
-__all__ = ["LocalReparamDense", "LowRankDense"]
+__all__ = ["LocalReparamDense", "LowRankDense", "as_dense", "convert_dense"]
 
 
-class _PerturbedDense(keras.layers.Dense):
+class PerturbedDense(keras.layers.Dense):
     """`Dense` that asks the current scope for its perturbation."""
 
     def call(self, inputs: Any, training: Any = None) -> Any:
@@ -32,7 +34,7 @@ class _PerturbedDense(keras.layers.Dense):
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
-class LocalReparamDense(_PerturbedDense):
+class LocalReparamDense(PerturbedDense):
     """`keras.layers.Dense`, trained by local reparameterization.
 
     Where other layers give each member of the population one noise vector
@@ -88,7 +90,7 @@ class LocalReparamDense(_PerturbedDense):
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
-class LowRankDense(_PerturbedDense):
+class LowRankDense(PerturbedDense):
     """`keras.layers.Dense` whose kernel is perturbed by noise of low rank.
 
     A member's kernel is W + sigma E with E = A^T B / sqrt(r) and standard
@@ -148,3 +150,51 @@ def _checked_rank(rank: int) -> int:
             f"`rank` must be a positive integer. Received: rank={rank!r}"
         )
     return value
+
+
+KINDS = {
+    "full": keras.layers.Dense,
+    "local_reparam": LocalReparamDense,
+    "low_rank": LowRankDense,
+}
+
+
+def convert_dense(model: Any, dense: str) -> None:
+    """Turns all Dense layers of `model`, in place, into those of one kind.
+
+    Subclasses of Dense other than this module's are left as they are.
+
+    Args:
+        model: a layer or model.
+        dense: "full", "local_reparam" or "low_rank" (of rank 1, where a layer
+            is not a `LowRankDense` already).
+
+    Raises:
+        ValueError: another `dense`.
+    """
+    if dense not in KINDS:
+        raise ValueError(
+            f"`dense` must be one of {list(KINDS)}. Received: dense={dense!r}"
+        )
+    for layer in model._flatten_layers():
+        if type(layer) in KINDS.values():
+            if dense == "low_rank" and not hasattr(layer, "rank"):
+                layer.rank = 1
+            layer.__class__ = KINDS[dense]
+
+
+@contextlib.contextmanager
+def as_dense(model: Any) -> Iterator[None]:
+    """Lets a model's layers be Dense, for a file that names their classes."""
+    classes = [
+        (layer, type(layer))
+        for layer in model._flatten_layers()
+        if isinstance(layer, PerturbedDense)
+    ]
+    for layer, _ in classes:
+        layer.__class__ = keras.layers.Dense
+    try:
+        yield
+    finally:
+        for layer, original in classes:
+            layer.__class__ = original

@@ -14,6 +14,7 @@ import keras
 # Keras does not export the class that functional models are instances of.
 from keras.src.models.functional import Functional
 
+from keras_vo import layers
 from keras_vo.training import VOTrainStep
 
 __all__ = ["VOModel", "VOSequential", "make_variational"]
@@ -120,12 +121,17 @@ def _variational_subclass(original: Any) -> type:
     )(variational)
 
 
-def make_variational(model: Any) -> Any:
+def make_variational(model: Any, dense: str | None = None) -> Any:
     """Makes an existing Keras model trainable by variational optimization.
 
     Args:
         model: a functional, Sequential or subclassed `keras.Model`, built or
             not, compiled or not.
+        dense: what the model's Dense layers, those inside of other layers
+            included, become in place, with their weights: "full"
+            (`keras.layers.Dense`), "local_reparam" (`LocalReparamDense`) or
+            "low_rank" (`LowRankDense` of rank 1). `None` leaves them as they
+            are. Subclasses of Dense are left in any case.
 
     Returns:
         The same object with the same layers, weights and compile settings,
@@ -134,15 +140,18 @@ def make_variational(model: Any) -> Any:
 
     Raises:
         TypeError: `model` is not a `keras.Model`.
+        ValueError: `dense` is none of these.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a functional, Sequential or subclassed "
             f"keras.Model. Received: model={model!r} of type {type(model)}"
         )
+    if dense is not None:
+        layers.convert_dense(model, dense)
     if isinstance(model, VOTrainStep):
-        return model
-    if type(model) is Functional:
+        pass
+    elif type(model) is Functional:
         model.__class__ = VOFunctional
     elif type(model) is keras.Sequential:
         model.__class__ = VOSequential

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo import noise, per_example
+from keras_vo.layers import as_dense
 from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
 from keras_vo.perturbation import Recording, entered
 
@@ -154,10 +156,19 @@ class VOTrainStep(_KerasModel):
         finally:
             self.jit_compile = jit_compile
 
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Keras, under the names that layers of Dense would have.
+
+        A `.weights.h5` file names each layer by its class.
+        """
+        with as_dense(self):
+            super().save_weights(filepath, *args, **kwargs)
+
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """As in Keras, but never leaves out the state of the search.
 
-        Keras skips an optimizer that is not built yet.
+        Keras skips an optimizer that is not built yet. The layers of
+        `keras_vo.layers` load `.weights.h5` files of Dense, and their own.
         """
         if (
             self.compiled
@@ -166,7 +177,9 @@ class VOTrainStep(_KerasModel):
             and not self.optimizer.built
         ):
             self.optimizer.build(self.trainable_variables)
-        super().load_weights(filepath, *args, **kwargs)
+        whole_model = str(filepath).endswith(".keras")
+        with contextlib.nullcontext() if whole_model else as_dense(self):
+            super().load_weights(filepath, *args, **kwargs)
 
     @property
     def losses(self) -> list[Any]:

@@ -177,3 +177,59 @@ def test_clones_train_too(make):
     compile_and_fit(model)
     compile_and_fit(clone)
     np.testing.assert_array_equal(models.weights(clone), models.weights(model))
+
+
+class Block(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(5, activation="relu")
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+KINDS = {
+    "full": keras.layers.Dense,
+    "local_reparam": keras_vo.layers.LocalReparamDense,
+    "low_rank": keras_vo.layers.LowRankDense,
+}
+
+
+@pytest.mark.parametrize("dense", KINDS)
+@pytest.mark.parametrize("make", [functional, sequential, subclassed, nested])
+def test_dense_layers_become_another_kind_with_their_weights(make, dense):
+    x, y = models.make_data()
+    model = make()
+    model(x)
+    before, want = model.get_weights(), model(x)
+    for kind in ("low_rank", dense):
+        converted = keras_vo.make_variational(model, dense=kind)
+        assert converted is model
+    kinds = {
+        type(layer)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.Dense)
+    }
+    assert kinds == {KINDS[dense]}
+    models.assert_same_state(before, model.get_weights())
+    np.testing.assert_array_equal(model(x), want)
+    compile_and_fit(model)
+    assert np.any(
+        models.weights(model) != np.concatenate([np.ravel(w) for w in before])
+    )
+
+
+def test_layers_inside_of_layers_and_subclasses_of_dense():
+    class MyDense(keras.layers.Dense):
+        pass
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, MyDense(3)(Block()(inputs)))
+    keras_vo.make_variational(model, dense="local_reparam")
+    assert type(model.layers[1].dense) is keras_vo.layers.LocalReparamDense
+    assert type(model.layers[2]) is MyDense
+
+
+def test_no_such_kind():
+    with pytest.raises(ValueError, match="`dense` must be one of.*'sparse'"):
+        keras_vo.make_variational(sequential(), dense="sparse")

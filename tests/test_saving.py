@@ -22,6 +22,12 @@ LAYERS = {
         keras.layers.Dropout(0.5),
         keras.layers.Dense(models.CLASSES, activation="softmax"),
     ],
+    "perturbed": lambda: [
+        keras_vo.layers.LowRankDense(5, rank=2, activation="relu"),
+        keras.layers.BatchNormalization(),
+        keras_vo.layers.LocalReparamDense(4, activation="relu"),
+        keras.layers.Dense(models.CLASSES, activation="softmax"),
+    ],
 }
 OPTIMIZERS = {
     "layerwise": lambda: models.make_optimizer(seed=None),
@@ -47,7 +53,13 @@ def make(layers="plain", optimizer="layerwise"):
 
 @pytest.mark.parametrize(
     "layers, optimizer",
-    [("plain", "layerwise"), ("random", "separable"), ("random", "fixed")],
+    [
+        ("plain", "layerwise"),
+        ("random", "separable"),
+        ("random", "fixed"),
+        ("perturbed", "layerwise"),
+        ("perturbed", "separable"),
+    ],
 )
 def test_resumed_is_uninterrupted(layers, optimizer, tmp_path):
     """From a .keras file and from a weights file into another model."""
@@ -152,6 +164,30 @@ def test_weights_of_a_plain_model(tmp_path):
     np.testing.assert_array_equal(models.weights(model), models.weights(plain))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [keras_vo.layers.LocalReparamDense, keras_vo.layers.LowRankDense],
+)
+def test_weights_are_those_of_dense_both_ways(kind, tmp_path):
+    """`.weights.h5` files name layers by their classes."""
+    path = tmp_path / "model.weights.h5"
+    x, _ = models.make_data()
+    dense = keras.layers.Dense
+
+    def make_model(cls, *layer_classes):
+        shape = keras.Input((4,))
+        return cls([shape, *(layer(3) for layer in layer_classes)])
+
+    plain = make_model(keras.Sequential, dense, dense, dense)
+    ours = make_model(keras_vo.VOSequential, dense, kind, dense)
+    for source, target in ((plain, ours), (ours, plain), (ours, ours)):
+        source.set_weights([w + 0.1 for w in source.get_weights()])
+        source.save_weights(path)
+        target.load_weights(path)
+        np.testing.assert_array_equal(source(x), target(x))
+    assert type(ours.layers[1]) is kind
+
+
 def run(code, *arguments):
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -222,6 +258,7 @@ def test_other_processes_serve_and_resume(tmp_path):
     arguments = []
     for name, model in (
         ("sequential", make("random")),
+        ("perturbed", make("perturbed")),
         ("functional", functional),
         ("own", own),
     ):
@@ -230,7 +267,7 @@ def test_other_processes_serve_and_resume(tmp_path):
         model.export(tmp_path / name, verbose=False)
         data = tmp_path / f"{name}.npz"
         np.savez(data, x=x, want=model.predict(x, verbose=0))
-        if name == "sequential":
+        if name in ("sequential", "perturbed"):
             run(SERVE, tmp_path / name, data)
         models.fit(model)
         want = tmp_path / f"{name}.npy"
