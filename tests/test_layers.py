@@ -270,3 +270,92 @@ def test_noise_of_random_layers_is_not_that_of_the_population():
         for i in range(-3, 3)
     ]
     assert len({d.tobytes() for d in draws}) == 6
+
+
+# --- layers with noise of their own, among others ---
+
+LR, LOW_RANK = keras_vo.layers.LocalReparamDense, keras_vo.layers.LowRankDense
+MIXTURES = {
+    "conv": (
+        images,
+        lambda: [
+            layers.Conv2D(2, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Flatten(),
+            LOW_RANK(4, activation="relu"),
+            LR(3, activation="relu"),
+            LR(1),
+        ],
+    ),
+    "gru": (
+        sequences,
+        lambda: [
+            layers.Embedding(6, 3, mask_zero=True),
+            LR(4, activation="relu"),
+            layers.GRU(4),
+            LR(1),
+        ],
+    ),
+    "dropout": (
+        images,
+        lambda: [
+            layers.Flatten(),
+            layers.Dropout(0.5),
+            LR(3, activation="relu"),
+            layers.LayerNormalization(),
+            LR(1),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("variance", ["layerwise", "separable"])
+def test_other_noise_among_other_layers(name, variance):
+    """All weights move, chunk by chunk as at once, under XLA as without."""
+    data, body = MIXTURES[name]
+    x, y = data()
+    states = []
+    ways = [({}, {}), ({"chunk_size": 2}, {}), ({}, {"run_eagerly": True})]
+    if name != "dropout":  # whose masks are others under XLA
+        ways.append(({}, {"jit_compile": True}))
+    for kwargs, option in ways:
+        keras.utils.set_random_seed(0)
+        model = models.make_model(
+            body(),
+            shape=x.shape[1:],
+            loss="mse",
+            optimizer=models.make_optimizer(
+                variance,
+                inner_optimizer=keras.optimizers.SGD(0.1),
+                fitness_shaping="identity",
+                **kwargs,
+            ),
+            **option,
+        )
+        before = model.get_weights()
+        model.train_on_batch(x, y)
+        moved = [
+            np.mean(new != old)
+            for new, old in zip(model.get_weights(), before, strict=True)
+        ]
+        assert min(moved) > 0.5
+        states.append(models.weights(model))
+    for state in states[1:]:
+        np.testing.assert_allclose(state, states[0], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", [LR, LOW_RANK])
+def test_mixed_precision_of_other_noise(kind, policy):
+    keras.config.set_dtype_policy(policy)
+    x, y = models.make_data()
+    keras.utils.set_random_seed(0)
+    model = models.make_model(
+        [kind(5, activation="relu"), kind(3)],
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    models.fit(model, x, y, epochs=20)
+    assert model.evaluate(x, y, verbose=0)[1] > 0.9

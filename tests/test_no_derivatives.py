@@ -34,7 +34,15 @@ def test_the_probe_raises_under_backpropagation():
 
 
 @pytest.mark.parametrize("option", [{}, {"jit_compile": True}])
-def test_a_layer_and_a_loss_whose_gradients_raise(option, monkeypatch):
+@pytest.mark.parametrize(
+    "dense",
+    [
+        keras.layers.Dense,
+        keras_vo.layers.LocalReparamDense,
+        keras_vo.layers.LowRankDense,
+    ],
+)
+def test_a_layer_and_a_loss_whose_gradients_raise(dense, option, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("a gradient was asked for")
 
@@ -42,12 +50,30 @@ def test_a_layer_and_a_loss_whose_gradients_raise(option, monkeypatch):
     monkeypatch.setattr(tf, "gradients", forbidden)
     x, _ = models.make_data()
     model = models.make_model(
-        [keras.layers.Dense(1), Undifferentiable()],
+        [dense(3), Undifferentiable(), dense(1), Undifferentiable()],
         loss=undifferentiable_loss,
         **option,
     )
     history = models.fit(model, x, x[:, :1] - x[:, 1:2], epochs=10)
     assert history["loss"][-1] < 0.5 * history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [keras_vo.layers.LocalReparamDense, keras_vo.layers.LowRankDense],
+)
+def test_step_activations_under_other_noise(dense):
+    """As below, with the loss that has a gradient, which does not get there."""
+    x, y = models.make_data(120)
+    keras.utils.set_random_seed(0)
+    model = models.make_model(
+        [dense(12, activation=step), dense(3)],
+        optimizer=models.make_optimizer(population_size=32),
+        loss=models.zero_one_error,
+        metrics=["accuracy"],
+    )
+    model.fit(x, y, batch_size=120, epochs=60, verbose=0)
+    assert model.evaluate(x, y, verbose=0)[1] > 0.9
 
 
 def step(x):
