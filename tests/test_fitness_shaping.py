@@ -134,3 +134,18 @@ def test_errors():
     wrong = fitness_shaping.get(lambda losses: losses[:2], False)
     with pytest.raises(ValueError, match=r"shape \(3,\).*shape \(2,\)"):
         wrong(tf.constant([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize(
+    "name", [*NAMES, lambda losses: losses - tf.reduce_mean(losses)]
+)
+def test_examples_are_shaped_one_by_one(name, antithetic):
+    """Losses [N, batch]: each column as if it were alone; ties, inf, NaN."""
+    rng = np.random.default_rng(0)
+    losses = rng.integers(0, 4, size=(6, 5)).astype(float)
+    losses[2, 1], losses[3, 2], losses[:, 4] = np.nan, np.inf, np.nan
+    got = shape(name, losses, antithetic)
+    columns = [shape(name, column, antithetic) for column in losses.T]
+    np.testing.assert_allclose(got, np.stack(columns, 1), atol=1e-12)
+    np.testing.assert_allclose(got[:, 4], 0, atol=1e-12)

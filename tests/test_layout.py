@@ -73,3 +73,38 @@ def test_variables_of_no_layer_and_layers_of_one_name():
     variables = [v for layer in twins for v in layer.trainable_variables]
     assert [v.path for v in variables[:2]] == [v.path for v in variables[2:]]
     assert layer_groups(variables) == (0, 0, 1, 1)
+
+
+def test_values_by_tensor():
+    layout = make((1, 0, 1, 0))
+    values = layout.per_tensor(tf.constant([5.0, 7.0]))
+    assert [float(v) for v in values] == [7, 5, 7, 5]
+    own = make(None).per_tensor(tf.range(13.0))
+    assert [tuple(v.shape) for v in own] == list(SHAPES)
+    np.testing.assert_array_equal(own[3], [[10], [11], [12]])
+
+
+def test_some_of_the_tensors():
+    """Their layout, and their share of the values of all groups."""
+    layout = make((2, 0, 1, 2), ("float32",) * 3 + ("float64",))
+    some = layout.select([0, 2])
+    assert some.shapes == ((2, 3), ()) and some.groups == (0, 1)
+    assert some.dtype == tf.float64  # the noise of all is of one dtype
+    values = tf.constant([3.0, 5.0, 7.0])
+    np.testing.assert_array_equal(layout.select_values(values, [0, 2]), [7, 5])
+    own = make(None)
+    assert own.select([1, 2]).groups is None
+    np.testing.assert_array_equal(
+        own.select_values(tf.range(13.0), [1, 2]), [6, 7, 8, 9]
+    )
+
+
+def test_none_of_the_tensors():
+    for groups in ((0, 0, 1, 2), None):
+        layout = make(groups)
+        none = layout.select([])
+        assert none.size == 0 and none.group_sizes == []
+        values = layout.select_values(tf.ones([len(layout.group_sizes)]), [])
+        assert none.expand(values).shape == [0]
+        assert none.flatten([]).shape == [0] and none.split(values) == []
+        assert none.group_sums(tf.ones([3, 0])).shape == [3, 0]
