@@ -74,7 +74,9 @@ flags.DEFINE_enum(
     ["identity", "standardize", "centered_rank", "nes"],
     "How losses become utilities.",
 )
-flags.DEFINE_integer("shift", 0, "Pixels that training images are moved by.")
+flags.DEFINE_integer(
+    "shift", 0, "Pixels that a training batch is moved by, at most."
+)
 flags.DEFINE_bool("jit_compile", False, "Compile the evaluation by XLA.")
 flags.DEFINE_integer("seed", 0, "Seed of initial weights, batches and noise.")
 flags.DEFINE_string("plot_path", "out/mnist.png", "Plot; empty: none.")
@@ -111,22 +113,22 @@ def load_data():
 
 
 def make_batches(x, y):
-    """Shuffled batches, of images that are moved by up to `--shift` pixels."""
+    """Shuffled batches, each moved by up to `--shift` pixels."""
     shift = FLAGS.shift
 
-    def move(image, label):
-        image = tf.pad(
-            image,
-            [[shift, shift], [shift, shift], [0, 0]],
-            constant_values=float(x.min()),
+    def move(images, labels):
+        size = tf.shape(images)
+        images = tf.pad(
+            images, [[0, 0], [shift, shift], [shift, shift], [0, 0]]
         )
-        return tf.image.random_crop(image, x.shape[1:]), label
+        return tf.image.random_crop(images, size), labels
 
     data = tf.data.Dataset.from_tensor_slices((x, y))
     data = data.shuffle(len(x), seed=FLAGS.seed)
+    data = data.batch(FLAGS.batch_size, drop_remainder=True)
     if shift:
-        data = data.map(move, num_parallel_calls=2)
-    return data.batch(FLAGS.batch_size, drop_remainder=True).prefetch(2)
+        data = data.map(move)
+    return data.prefetch(2)
 
 
 def make_layers():

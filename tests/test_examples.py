@@ -1,5 +1,6 @@
 """The examples and the README's code run, and say what they should."""
 
+import json
 import os
 import pathlib
 import re
@@ -56,7 +57,7 @@ def test_digits_names_an_unknown_choice(tmp_path):
 def test_readme_code_runs(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     short = [
         block.replace("epochs=200", "epochs=2").replace("1000", "100")
         for block in blocks
@@ -71,3 +72,58 @@ def test_readme_code_runs(tmp_path):
     ]
     run("-c", "\n".join([short[0], *checks]), cwd=tmp_path)
     run("-c", short[1] + "\nassert mean_loss < 10, mean_loss", cwd=tmp_path)
+    accuracy = "\nassert model.evaluate(x, y)[1] > 0.95"
+    run("-c", blocks[2] + accuracy, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dense=local_reparam"],
+        ["--dense=low_rank", "--fitness_shaping=centered_rank"],
+        ["--dense=full", "--network=cnn", "--loss=zero_one"],
+        ["--network=patches", "--shift=1"],
+        ["--backpropagation"],
+    ],
+)
+def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path):
+    """On images of squares in one of ten places."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, size=1280).astype("uint8")
+    images = rng.integers(0, 50, size=(1280, 28, 28)).astype("uint8")
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), 5)
+        image[14 * row : 14 * row + 9, 5 * column : 5 * column + 5] = 250
+    data = {"x_train": images, "y_train": labels}
+    data |= {"x_test": images[:100], "y_test": labels[:100]}
+    np.savez(tmp_path / "data.npz", **data)
+    output = run(
+        ROOT / "examples" / "mnist.py",
+        "--data_path=data.npz",
+        "--epochs=3",
+        "--batch_size=64",
+        "--curve_path=curve.json",
+        "--plot_path=plot.png",
+        *arguments,
+        cwd=tmp_path,
+    )
+    accuracy = float(re.search(r"test accuracy +([\d.]+)", output).group(1))
+    if arguments in (["--dense=local_reparam"], ["--backpropagation"]):
+        assert accuracy > 0.9
+    points = json.loads((tmp_path / "curve.json").read_text())["points"]
+    assert points[-1]["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    passes = 3 if "--backpropagation" in arguments else 16
+    assert points[-1]["evaluations"] == 3 * 1280 * passes
+    png = (tmp_path / "plot.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_mnist_has_no_gradient_of_the_0_1_error(tmp_path):
+    with pytest.raises(AssertionError, match="has no gradient"):
+        run(
+            ROOT / "examples" / "mnist.py",
+            "--backpropagation",
+            "--loss=zero_one",
+            cwd=tmp_path,
+        )
