@@ -23,13 +23,9 @@ import tensorflow as tf
 from absl import app, flags
 
 import keras_vo
+from keras_vo.chunks import ChunkPlan, NoiseSource
 from keras_vo.estimators import weighted_excess, weighted_noise
-from keras_vo.evaluation import (
-    ChunkPlan,
-    NoiseSource,
-    Outcome,
-    evaluate_population,
-)
+from keras_vo.evaluation import Outcome, evaluate_population
 from keras_vo.layout import WeightLayout
 from keras_vo.noise import generation_seed
 

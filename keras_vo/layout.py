@@ -115,31 +115,29 @@ class WeightLayout:
             for part, shape in zip(self.split(values), self.shapes, strict=True)
         ]
 
+    def by_group(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
+        """One value for each weight tensor, as `per_tensor` has them: their
+        sums by group, [groups].
+        """
+        if self.groups is None:
+            return self.flatten(values)
+        totals: list[list[tf.Tensor]] = [[] for _ in self.group_sizes]
+        for group, value in zip(self.groups, values, strict=True):
+            totals[group].append(value)
+        sums = [tf.reshape(tf.add_n(total), [1]) for total in totals]
+        return tf.concat([tf.zeros([0], self.dtype), *sums], axis=0)
+
     def select(self, indices: Sequence[int]) -> WeightLayout:
-        """The layout of some of the weight tensors, in the given order."""
-        groups = None
-        if self.groups is not None:
-            chosen = [self.groups[i] for i in indices]
-            numbers = {
-                group: n for n, group in enumerate(dict.fromkeys(chosen))
-            }
-            groups = tuple(numbers[group] for group in chosen)
+        """The layout of some of the weight tensors, in the given order.
+
+        Where variances are shared, each tensor is a group of its own in it.
+        """
         return WeightLayout(
             tuple(self.shapes[i] for i in indices),
             tuple(self.dtypes[i] for i in indices),
-            groups,
+            None if self.groups is None else tuple(range(len(indices))),
             self.dtype == tf.float64,
         )
-
-    def select_values(
-        self, values: tf.Tensor, indices: Sequence[int]
-    ) -> tf.Tensor:
-        """One value a group, [groups], of `select(indices)`."""
-        if self.groups is not None:
-            chosen = dict.fromkeys(self.groups[i] for i in indices)
-            return tf.gather(values, tf.constant(list(chosen), tf.int32))
-        parts = self.split(values)
-        return tf.concat([values[:0], *(parts[i] for i in indices)], axis=0)
 
     def expand(self, values: tf.Tensor) -> tf.Tensor:
         """One value a group, [groups], as one value a weight.

@@ -32,6 +32,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 __all__ = [
@@ -129,9 +131,8 @@ class ActivationNoise:
 
     Args:
         inputs: A [batch, ..., in] in the mean network.
-        kernel_variance: sigma^2 of the kernel, [in, out] or a scalar.
-        bias_variance: sigma^2 of the bias, [out] or a scalar; `None` where
-            there is no bias, or none that is searched over.
+        variances: sigma^2 of the kernel, [in, out] or a scalar, and of the
+            bias, [out] or a scalar, if there is one that is searched over.
         adapts: whether sigma is to be changed.
 
     Attributes:
@@ -141,19 +142,17 @@ class ActivationNoise:
     def __init__(
         self,
         inputs: tf.Tensor,
-        kernel_variance: tf.Tensor,
-        bias_variance: tf.Tensor | None,
+        variances: Sequence[tf.Tensor],
         adapts: bool,
     ) -> None:
-        self._has_bias = bias_variance is not None
+        self._has_bias = len(variances) > 1
         self._adapts = adapts
-        self._kernel_variance = kernel_variance
-        self._bias_variance = (
-            tf.zeros([], kernel_variance.dtype)
-            if bias_variance is None
-            else bias_variance
+        dtype = variances[0].dtype
+        self._kernel_variance, self._bias_variance, *_ = (
+            *variances,
+            tf.zeros([], dtype),
         )
-        self._inputs = _finite(tf.cast(inputs, kernel_variance.dtype))
+        self._inputs = _finite(tf.cast(inputs, dtype))
         self.variance = self.variance_of(self._inputs)
 
     def variance_of(self, inputs: tf.Tensor) -> tf.Tensor:

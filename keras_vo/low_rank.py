@@ -41,7 +41,13 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-__all__ = ["kernel_noise", "log_variance_sums", "mean_sums", "product"]
+__all__ = [
+    "KernelNoise",
+    "kernel_noise",
+    "log_variance_sums",
+    "mean_sums",
+    "product",
+]
 
 
 def kernel_noise(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -113,6 +119,61 @@ def log_variance_sums(
         + columns[None, :] / inputs
         - total / (inputs * outputs)
     )
+
+
+class KernelNoise:
+    """The noise of one kernel, from a vector of normals a draw: A, then B.
+
+    Args:
+        rank: r.
+        shape: of the kernel, (in, out).
+        variance: sigma^2, a scalar or [in, out].
+    """
+
+    def __init__(
+        self, rank: int, shape: tuple[int, ...], variance: tf.Tensor
+    ) -> None:
+        self._rank = rank
+        self._sizes = [rank * size for size in shape]
+        self._shared = variance.shape.rank == 0
+        self._stddev = tf.sqrt(variance)
+
+    @property
+    def size(self) -> int:
+        """Number of normals of a draw."""
+        return sum(self._sizes)
+
+    def factors(
+        self, noise: tf.Tensor, sign: float
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Sigma, A [r, in] and sign B [r, out]."""
+        left, right = self._split(noise)
+        return self._stddev, left, sign * right
+
+    def change(self, noise: tf.Tensor, sign: float) -> tf.Tensor:
+        """sign sigma E [in, out]."""
+        stddev, left, right = self.factors(noise, sign)
+        return stddev * kernel_noise(left, right)
+
+    def mean_sums(self, noise: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        """`mean_sums` over the noise [n, size]."""
+        return mean_sums(*self._split(noise), weights)
+
+    def log_variance_sums(
+        self, noise: tf.Tensor, weights: tf.Tensor
+    ) -> tf.Tensor:
+        """`log_variance_sums` over the noise [n, size]."""
+        return log_variance_sums(*self._split(noise), weights, self._shared)
+
+    def _split(self, noise: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        leading = [-1 if n is None else n for n in noise.shape[:-1]]
+        left, right = (
+            tf.reshape(part, [*leading, self._rank, size // self._rank])
+            for part, size in zip(
+                tf.split(noise, self._sizes, axis=-1), self._sizes, strict=True
+            )
+        )
+        return left, right
 
 
 def _excess(factor: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:

@@ -27,12 +27,8 @@ from keras_vo import checks, estimators
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
-from keras_vo.evaluation import (
-    ChunkPlan,
-    NoiseSource,
-    Outcome,
-    evaluate_population,
-)
+from keras_vo.chunks import ChunkPlan, NoiseSource
+from keras_vo.evaluation import Outcome, evaluate_population
 from keras_vo.perturbation import Recording
 from keras_vo.spaces import SearchSpaces
 

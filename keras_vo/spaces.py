@@ -14,22 +14,35 @@ the third is judged example by example.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_vo import estimators, low_rank
-from keras_vo.evaluation import Draws, Outcome, Population
+from keras_vo import estimators
+from keras_vo.chunks import Draws
+from keras_vo.evaluation import Outcome, Population
 from keras_vo.layout import WeightLayout
 from keras_vo.local_reparameterization import ActivationNoise
-from keras_vo.perturbation import (
-    Evaluation,
-    Recording,
-    entered,
-)
+from keras_vo.low_rank import KernelNoise
+from keras_vo.perturbation import Evaluation, Recording, entered
 
 __all__ = ["SearchSpaces"]
+
+
+class _Gradient(NamedTuple):
+    """What one kind of noise says of one variable.
+
+    Attributes:
+        variable: its index.
+        mean: dU/dmu, with the variable's number of elements.
+        log_variance: dU/dbeta, alike, or a scalar where its weights share a
+            variance; `None` where it is fixed.
+    """
+
+    variable: int
+    mean: tf.Tensor
+    log_variance: tf.Tensor | None
 
 
 class SearchSpaces:
@@ -41,6 +54,9 @@ class SearchSpaces:
         log_variance: beta, [groups] of the layout.
         recording: what layers have recorded in the mean network's pass.
         adapts: whether sigma is to be changed.
+
+    Raises:
+        ValueError: layers of two kinds share a variable.
     """
 
     def __init__(
@@ -51,51 +67,48 @@ class SearchSpaces:
         recording: Recording,
         adapts: bool,
     ) -> None:
-        index = {id(v): i for i, v in enumerate(variables)}
         self._layout = layout
         self._recording = recording
         self._adapts = adapts
-        self._index = index
         self._means = [tf.convert_to_tensor(v) for v in variables]
         self._variances = layout.per_tensor(tf.exp(log_variance))
+        index = {id(v): i for i, v in enumerate(variables)}
         self._low_rank = {
-            index[id(kernel.variable)]: kernel for kernel in recording.low_rank
+            index[id(kernel.variable)]: KernelNoise(
+                kernel.rank,
+                layout.shapes[index[id(kernel.variable)]],
+                self._variances[index[id(kernel.variable)]],
+            )
+            for kernel in recording.low_rank
         }
-        self._local = {
-            index[id(v)]
-            for site in recording.sites
-            for v in (site.kernel, site.bias)
-            if v is not None
-        }
-        clash = self._local & set(self._low_rank)
-        if clash:
+        self._local = []
+        for site in recording.sites:
+            weights = [
+                index[id(v)] for v in (site.kernel, site.bias) if v is not None
+            ]
+            noise = ActivationNoise(
+                site.inputs, [self._variances[i] for i in weights], adapts
+            )
+            self._local.append((weights, noise))
+        claimed = {i for weights, _ in self._local for i in weights}
+        for i in claimed & set(self._low_rank):
             raise ValueError(
                 "Expected one kind of noise for each variable. Received: a "
                 "LocalReparamDense and a LowRankDense that share "
-                f"{variables[min(clash)]!r}"
+                f"{variables[i]!r}"
             )
-        self._activations = [
-            ActivationNoise(
-                site.inputs,
-                self._variances[index[id(site.kernel)]],
-                None
-                if site.bias is None
-                else self._variances[index[id(site.bias)]],
-                adapts,
-            )
-            for site in recording.sites
-        ]
-        self._full = [
-            i
-            for i in range(len(variables))
-            if i not in self._local and i not in self._low_rank
-        ]
+        claimed |= set(self._low_rank)
+        self._full = [i for i in range(len(variables)) if i not in claimed]
         self._full_layout = layout.select(self._full)
         self._full_mean = self._full_layout.flatten(
             [variables[i] for i in self._full]
         )
         self._full_stddev = self._full_layout.expand(
-            layout.select_values(tf.exp(0.5 * log_variance), self._full)
+            tf.sqrt(
+                self._full_layout.by_group(
+                    [self._variances[i] for i in self._full]
+                )
+            )
         )
 
     @property
@@ -124,9 +137,10 @@ class SearchSpaces:
         Args:
             objective: from all weights to the outcome without records.
         """
+        kernels = [kernel.variable for kernel in self._recording.low_rank]
 
         def evaluate(draws: Draws, sign: float) -> Outcome:
-            full, factors = self._split(draws.weights)
+            full, *factors = self._split(draws.weights)
             weights: list[Any] = list(self._means)
             perturbed = self._full_layout.unflatten(
                 self._full_mean + sign * self._full_stddev * full
@@ -134,21 +148,21 @@ class SearchSpaces:
             for i, weight in zip(self._full, perturbed, strict=True):
                 weights[i] = weight
             products = {}
-            for (i, kernel), (left, right) in zip(
-                self._low_rank.items(), factors, strict=True
+            for kernel, (i, noise), part in zip(
+                kernels, self._low_rank.items(), factors, strict=True
             ):
-                stddev = tf.sqrt(self._variances[i])
-                noise = (left, sign * right)
-                products[id(kernel.variable)] = (self._means[i], stddev, *noise)
-                # Only what is not a call of the layer reads this.
-                weights[i] = self._means[i] + tf.cast(
-                    stddev * low_rank.kernel_noise(*noise),
-                    self._means[i].dtype,
-                )
+                mean = self._means[i]
+                products[id(kernel)] = (mean, *noise.factors(part, sign))
+                # Read by what is not a call of the layer (a regularizer).
+                change = noise.change(part, sign)
+                weights[i] = mean + tf.cast(change, mean.dtype)
             evaluation = Evaluation(
                 self._recording,
                 products,
-                [(a.variance_of, a.variance) for a in self._activations],
+                [
+                    (noise.variance_of, noise.variance)
+                    for _, noise in self._local
+                ],
                 [sign * noise for noise in draws.activations],
                 [draws.weights, *draws.activations],
             )
@@ -173,150 +187,94 @@ class SearchSpaces:
             example_utilities: empty, or those of their examples, [N, batch].
             antithetic: whether members n and n + N/2 are a pair.
         """
-        adapts = self._adapts
-        shared = self._layout.groups is not None
 
         def sums(
             draws: Draws, records: Any, odd: Any, even: Any, *examples: Any
         ) -> list[tf.Tensor]:
-            full, factors = self._split(draws.weights)
+            full, *factors = self._split(draws.weights)
             terms = [estimators.weighted_noise(full, odd)]
-            if adapts:
+            if self._adapts:
                 terms.append(
                     estimators.weighted_excess(full, even, self._full_layout)
                 )
-            for left, right in factors:
-                terms.append(low_rank.mean_sums(left, right, odd))
-                if adapts:
-                    terms.append(
-                        low_rank.log_variance_sums(left, right, even, shared)
-                    )
-            for activations, noise, record in zip(
-                self._activations, draws.activations, records, strict=True
+            for noise, part in zip(
+                self._low_rank.values(), factors, strict=True
             ):
-                terms += activations.sums(noise, record, *examples)
+                terms.append(noise.mean_sums(part, odd))
+                if self._adapts:
+                    terms.append(noise.log_variance_sums(part, even))
+            for (_, local), xi, record in zip(
+                self._local, draws.activations, records, strict=True
+            ):
+                terms += local.sums(xi, record, *examples)
             return terms
 
         weights = list(estimators.pair_utilities(utilities, antithetic))
-        size = utilities.shape[0]
-        batch = tf.ones([], utilities.dtype)
-        for by_example in example_utilities:
-            batch = tf.cast(tf.shape(by_example)[1], utilities.dtype)
-            weights.append(_by_draw(by_example, 2 if antithetic else 1))
+        weights += [
+            tf.stack(tf.split(by_example, 2 if antithetic else 1), axis=1)
+            for by_example in example_utilities  # [draws, signs, batch]
+        ]
         totals = iter(population.reduce(sums, weights))
-        parts = _Parts(self._layout, adapts)
-        noise_sum = next(totals)
-        parts.add_many(
-            self._full,
-            self._full_layout,
-            estimators.mean_gradient(noise_sum, self._full_stddev, size),
-            estimators.log_variance_gradient(next(totals), size)
-            if adapts
-            else None,
+        size = utilities.shape[0]
+        examples = size * sum(tf.shape(u)[1] for u in example_utilities)
+        return self._collect(self._each(totals, size, examples))
+
+    def _each(
+        self, totals: Iterator[tf.Tensor], size: int, examples: Any
+    ) -> Iterator[_Gradient]:
+        """The gradients of single variables from the sums, in their order."""
+
+        def log_variance() -> tf.Tensor | None:
+            if not self._adapts:
+                return None
+            return estimators.log_variance_gradient(next(totals), size)
+
+        means = self._full_layout.split(
+            estimators.mean_gradient(next(totals), self._full_stddev, size)
         )
+        by_weight = log_variance()
+        if by_weight is None:
+            for i, mean in zip(self._full, means, strict=True):
+                yield _Gradient(i, mean, None)
+        else:
+            betas = self._full_layout.per_tensor(by_weight)
+            for i, mean, beta in zip(self._full, means, betas, strict=True):
+                yield _Gradient(i, mean, beta)
         for i in self._low_rank:
             stddev = tf.sqrt(self._variances[i])
-            parts.add(
-                i,
-                estimators.mean_gradient(next(totals), stddev, size),
-                estimators.log_variance_gradient(next(totals), size)
-                if adapts
-                else None,
-            )
-        for site in self._recording.sites:
-            for variable in (site.kernel, site.bias):
-                if variable is not None:
-                    parts.add(
-                        self._index[id(variable)],
-                        next(totals) / (size * batch),
-                        next(totals) / (size * batch) if adapts else None,
-                    )
-        return parts.concat()
+            mean = estimators.mean_gradient(next(totals), stddev, size)
+            yield _Gradient(i, mean, log_variance())
+        for weights, _ in self._local:
+            scale = 1.0 / tf.cast(examples, self._layout.dtype)
+            for i in weights:
+                mean = scale * next(totals)
+                beta = scale * next(totals) if self._adapts else None
+                yield _Gradient(i, mean, beta)
+
+    def _collect(
+        self, gradients: Iterable[_Gradient]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums the gradients by variable: for mu [d] and for beta [groups]."""
+        means: list[list[tf.Tensor]] = [[] for _ in self._means]
+        betas: list[list[tf.Tensor]] = [[] for _ in self._means]
+        for i, mean, beta in gradients:
+            means[i].append(tf.reshape(mean, [-1]))
+            if beta is not None:
+                betas[i].append(beta)
+        mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
+        if self._adapts:
+            totals = [tf.add_n(b) for b in betas]
+            return mean_gradient, self._layout.by_group(totals)
+        groups = len(self._layout.group_sizes)
+        return mean_gradient, tf.zeros([groups], self._layout.dtype)
 
     def _noise_sizes(self) -> list[int]:
-        sizes = [self._full_layout.size]
-        for i, kernel in self._low_rank.items():
-            sizes += [kernel.rank * n for n in self._layout.shapes[i]]
-        return sizes
+        low_rank = [noise.size for noise in self._low_rank.values()]
+        return [self._full_layout.size, *low_rank]
 
-    def _split(
-        self, noise: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
-        """Noise [..., size] of all weights, of each low-rank A and B."""
-        full, *parts = tf.split(noise, self._noise_sizes(), axis=-1)
-        leading = [-1 if n is None else n for n in noise.shape[:-1]]
-        factors = []
-        for i, kernel in self._low_rank.items():
-            pair = [
-                tf.reshape(parts.pop(0), [*leading, kernel.rank, size])
-                for size in self._layout.shapes[i]
-            ]
-            factors.append((pair[0], pair[1]))
-        return full, factors
-
-
-class _Parts:
-    """Gradients of single variables, on the way to two flat vectors."""
-
-    def __init__(self, layout: WeightLayout, adapts: bool) -> None:
-        self._layout = layout
-        self._adapts = adapts
-        self._means: list[list[tf.Tensor]] = [[] for _ in layout.sizes]
-        keys = layout.groups or range(len(layout.sizes))
-        self._log_variances: dict[int, list[tf.Tensor]] = {k: [] for k in keys}
-
-    def add(self, i: int, mean: tf.Tensor, log_variance: Any) -> None:
-        """Adds the gradients of variable i, for mu and for its beta."""
-        self._means[i].append(tf.reshape(mean, [-1]))
-        if log_variance is not None:
-            groups = self._layout.groups
-            if groups is None:
-                self._log_variances[i].append(tf.reshape(log_variance, [-1]))
-            else:
-                self._log_variances[groups[i]].append(log_variance)
-
-    def add_many(
-        self,
-        indices: Sequence[int],
-        layout: WeightLayout,
-        mean: tf.Tensor,
-        log_variance: Any,
-    ) -> None:
-        """Adds those of several variables with a layout of their own."""
-        means = layout.split(mean)
-        for i, part in zip(indices, means, strict=True):
-            self._means[i].append(part)
-        if log_variance is None:
-            return
-        groups = self._layout.groups
-        if groups is None:
-            parts = layout.split(log_variance)
-            for i, part in zip(indices, parts, strict=True):
-                self._log_variances[i].append(part)
-            return
-        keys = dict.fromkeys(groups[i] for i in indices)
-        for key, part in zip(keys, tf.unstack(log_variance), strict=True):
-            self._log_variances[key].append(part)
-
-    def concat(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The gradients for mu [d] and for beta [groups]."""
-        mean = tf.concat([tf.add_n(parts) for parts in self._means], axis=0)
-        if not self._adapts:
-            count = len(self._layout.group_sizes)
-            return mean, tf.zeros([count], self._layout.dtype)
-        totals = [
-            tf.add_n(self._log_variances[key])
-            for key in sorted(self._log_variances)
-        ]
-        if self._layout.groups is None:
-            return mean, tf.concat(totals, axis=0)
-        return mean, tf.stack(totals)
-
-
-def _by_draw(values: tf.Tensor, members: int) -> tf.Tensor:
-    """[N, batch], by sign, as [draws, signs, batch]."""
-    split = tf.split(values, members)
-    return tf.stack(split, axis=1)
+    def _split(self, noise: tf.Tensor) -> list[tf.Tensor]:
+        """Noise [..., size] of all weights, that of each low-rank kernel."""
+        return tf.split(noise, self._noise_sizes(), axis=-1)
 
 
 def _size(tensor: tf.Tensor) -> Any:

@@ -5,12 +5,8 @@ import pytest
 import tensorflow as tf
 
 from keras_vo import noise
-from keras_vo.evaluation import (
-    ChunkPlan,
-    NoiseSource,
-    Outcome,
-    evaluate_population,
-)
+from keras_vo.chunks import ChunkPlan, NoiseSource
+from keras_vo.evaluation import Outcome, evaluate_population
 
 D = 5
 

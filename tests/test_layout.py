@@ -84,19 +84,21 @@ def test_values_by_tensor():
     np.testing.assert_array_equal(own[3], [[10], [11], [12]])
 
 
+def test_sums_by_group():
+    layout = make((1, 0, 1, 0))
+    sums = layout.by_group([tf.constant(float(v)) for v in (1, 2, 3, 4)])
+    np.testing.assert_array_equal(sums, [6, 4])
+    own = make(None)
+    values = tf.range(13.0)
+    np.testing.assert_array_equal(own.by_group(own.per_tensor(values)), values)
+
+
 def test_some_of_the_tensors():
-    """Their layout, and their share of the values of all groups."""
     layout = make((2, 0, 1, 2), ("float32",) * 3 + ("float64",))
     some = layout.select([0, 2])
     assert some.shapes == ((2, 3), ()) and some.groups == (0, 1)
     assert some.dtype == tf.float64  # the noise of all is of one dtype
-    values = tf.constant([3.0, 5.0, 7.0])
-    np.testing.assert_array_equal(layout.select_values(values, [0, 2]), [7, 5])
-    own = make(None)
-    assert own.select([1, 2]).groups is None
-    np.testing.assert_array_equal(
-        own.select_values(tf.range(13.0), [1, 2]), [6, 7, 8, 9]
-    )
+    assert make(None).select([1, 2]).groups is None
 
 
 def test_none_of_the_tensors():
@@ -104,7 +106,7 @@ def test_none_of_the_tensors():
         layout = make(groups)
         none = layout.select([])
         assert none.size == 0 and none.group_sizes == []
-        values = layout.select_values(tf.ones([len(layout.group_sizes)]), [])
+        values = none.by_group([])
         assert none.expand(values).shape == [0]
         assert none.flatten([]).shape == [0] and none.split(values) == []
         assert none.group_sums(tf.ones([3, 0])).shape == [3, 0]
