@@ -126,8 +126,27 @@ def evaluate_population(
     first_draws = source.chunk(tf.constant(0))
     first = evaluate(tf.constant(0), first_draws)
     outputs = (first.loss, *first.examples)
-    if plan.keep_noise:
-        outputs = (*outputs, first_draws.weights)
+    if _is_one(plan):
+        values = list(outputs)
+    else:
+        values, source = _evaluate_rest(source, evaluate, first_draws, outputs)
+    losses, *examples = [_by_sign(value, plan, len(signs)) for value in values]
+    return Population(
+        losses, tuple(examples), source, evaluate, (first_draws, first.records)
+    )
+
+
+def _evaluate_rest(
+    source: NoiseSource,
+    evaluate: Callable[[tf.Tensor, Draws], Outcome],
+    first_draws: Draws,
+    first: tuple[tf.Tensor, ...],
+) -> tuple[list[tf.Tensor], NoiseSource]:
+    """Losses [draws, signs, ...] of all chunks, padded; and the noise, kept
+    if the plan says so.
+    """
+    plan = source.plan
+    outputs = (*first, first_draws.weights) if plan.keep_noise else first
     arrays = [
         tf.TensorArray(
             output.dtype,
@@ -151,19 +170,19 @@ def evaluate_population(
     arrays = list(_loop(plan, step, arrays))
     if plan.keep_noise:
         source = dataclasses.replace(source, kept=arrays.pop())
-    losses, *examples = [
-        _by_sign(array.concat(), plan, len(signs)) for array in arrays
-    ]
-    return Population(
-        losses, tuple(examples), source, evaluate, (first_draws, first.records)
-    )
+    return [array.concat() for array in arrays], source
+
+
+def _is_one(plan: ChunkPlan) -> bool:
+    """Whether there is one chunk, as is known before the step runs."""
+    return not tf.is_tensor(plan.chunks) and plan.chunks == 1
 
 
 def _loop(
     plan: ChunkPlan, body: Callable[..., Any], start: Sequence[Any]
 ) -> Sequence[Any]:
     """Runs `body` for the chunks after the first."""
-    if not tf.is_tensor(plan.chunks) and plan.chunks == 1:
+    if _is_one(plan):
         return start
     _, *values = tf.while_loop(
         lambda index, *_: index < plan.chunks,
