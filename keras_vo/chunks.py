@@ -66,20 +66,20 @@ class ChunkPlan:
         """
         # A draw, and per member its weights and their copy as a list.
         working = draw_bytes * (1 + 2 * members_per_draw) + activation_bytes
+        unknown = tf.is_tensor(working)  # as is the size of the batch
         if chunk_size is None:
-            fits = min(_CHUNK_BYTES, memory_budget) // working
+            budget = min(_CHUNK_BYTES, memory_budget)
             most = min(draws, _MAX_CHUNK)
-            if tf.is_tensor(fits):
+            if unknown:  # 0 bytes for a batch of no examples
+                fits = budget // tf.maximum(working, 1)
                 chunk = tf.clip_by_value(fits, 1, most)
             else:
-                chunk = min(max(fits, 1), most)
+                chunk = min(max(budget // working, 1), most)
         else:
             chunk = min(draws, max(1, chunk_size // members_per_draw))
         chunk = -(-draws // -(-draws // chunk))  # evenly filled
-        if tf.is_tensor(chunk):
-            kept = draws * draw_bytes + _CHUNK_BYTES
-        else:
-            kept = draws * draw_bytes + chunk * working
+        at_once = _CHUNK_BYTES if unknown else chunk * working
+        kept = draws * draw_bytes + at_once
         return cls(draws, chunk, keep_noise=kept <= memory_budget)
 
 

@@ -54,8 +54,8 @@ class LocalReparamDense(PerturbedDense):
     is a mean or a sum over the batch (Keras's are), or a `compute_loss` that
     returns a tensor [batch]. Losses of the whole batch only (`add_loss`,
     activity regularizers, F1 over the batch) and regularizers of this layer's
-    own weights are refused: no gradient would reach it; for weight decay, set
-    `weight_decay` of the inner optimizer.
+    own weights are refused, as no gradient would come of them; for weight
+    decay, set `weight_decay` of the inner optimizer.
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
@@ -68,7 +68,8 @@ class LocalReparamDense(PerturbedDense):
     an example are judged by the example's loss.
 
     What an example does to others through the statistics of a
-    BatchNormalization behind this layer is not credited to it.
+    BatchNormalization behind this layer is not credited to it; nor is what
+    another layer computes from this one's weights (tied weights).
 
     Args:
         *args: those of `keras.layers.Dense`.
@@ -81,7 +82,7 @@ class LocalReparamDense(PerturbedDense):
     """
 
     def _perturbed(self, scope: Any, inputs: Any) -> Any:
-        outputs = keras.ops.matmul(inputs, self.kernel)
+        outputs = perturbation.shared_product(inputs, self.kernel)
         if self.bias is not None:
             outputs = keras.ops.add(outputs, self.bias)
         return scope.perturb_activations(
@@ -176,6 +177,7 @@ def convert_dense(model: Any, dense: str) -> None:
         raise ValueError(
             f"`dense` must be one of {list(KINDS)}. Received: dense={dense!r}"
         )
+    # Private: `layers` does not reach the layers inside of layers.
     for layer in model._flatten_layers():
         if type(layer) in KINDS.values():
             if dense == "low_rank" and not hasattr(layer, "rank"):

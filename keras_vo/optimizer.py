@@ -113,7 +113,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
         memory_budget: bytes for noise and perturbed weights. Within it noise
             is kept for the gradient, otherwise drawn a second time. At least
             one member's weights must exist, so a model larger than the budget
-            goes beyond it. Activations come on top.
+            goes beyond it. Activations come on top; those that are perturbed
+            are counted when the chunk is chosen.
         name: name of the optimizer.
 
     Raises:

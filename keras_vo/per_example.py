@@ -73,7 +73,7 @@ class _Ones(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = keras.ops.convert_to_tensor(self._of.call(y_true, y_pred))
         ones = tf.ones_like(values)
-        mask = getattr(values, "_keras_mask", None)
+        mask = getattr(values, "_keras_mask", None)  # of `ignore_class`, say
         if mask is not None:
             ones._keras_mask = mask
         return ones
@@ -101,6 +101,7 @@ def by_example(model: Any) -> Iterator[list[tf.Tensor]]:
         [batch], of mean 1 where there are no sample weights.
     """
     weights: list[tf.Tensor] = []
+    # Private: nothing else has the losses that names and dicts stand for.
     compiled = model._compile_loss
     if compiled is None:  # an overridden compute_loss
         yield weights

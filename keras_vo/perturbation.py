@@ -32,6 +32,7 @@ __all__ = [
     "Recording",
     "current_scope",
     "entered",
+    "shared_product",
 ]
 
 _scopes = threading.local()
@@ -53,6 +54,19 @@ def entered(scope: Recording | Evaluation) -> Iterator[None]:
         yield
     finally:
         _scopes.stack.pop()
+
+
+def shared_product(inputs: tf.Tensor, kernel: Any) -> tf.Tensor:
+    """x W [..., out] for a kernel [in, out] that all members share.
+
+    Vectorized over members, the product of an empty batch of rank 2 would
+    come out as [0, 0].
+    """
+    outputs = keras.ops.matmul(inputs, kernel)
+    if outputs.shape.is_fully_defined():
+        return outputs
+    shape = tf.concat([tf.shape(inputs)[:-1], tf.shape(kernel)[1:]], axis=0)
+    return tf.ensure_shape(tf.reshape(outputs, shape), outputs.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +129,7 @@ class Recording:
         """Notes that `kernel` takes noise of low rank; returns x W."""
         if not any(known.variable is kernel for known in self.low_rank):
             self.low_rank.append(LowRankKernel(kernel, rank))
-        return keras.ops.matmul(inputs, kernel)
+        return shared_product(inputs, kernel)
 
     def perturb_activations(
         self,
@@ -218,7 +232,7 @@ class Evaluation:
         mean, stddev, *factors = (
             tf.cast(t, inputs.dtype) for t in self._low_rank[id(kernel)]
         )
-        return keras.ops.matmul(inputs, mean) + low_rank.product(
+        return shared_product(inputs, mean) + low_rank.product(
             inputs, stddev, *factors
         )
 

@@ -245,7 +245,9 @@ class SearchSpaces:
             mean = estimators.mean_gradient(next(totals), stddev, size)
             yield _Gradient(i, mean, log_variance())
         for weights, _ in self._local:
-            scale = 1.0 / tf.cast(examples, self._layout.dtype)
+            scale = tf.math.reciprocal_no_nan(
+                tf.cast(examples, self._layout.dtype)
+            )
             for i in weights:
                 mean = scale * next(totals)
                 beta = scale * next(totals) if self._adapts else None

@@ -95,13 +95,12 @@ class VOTrainStep(_KerasModel):
         recording = Recording(self.trainable_variables)
         with entered(recording):
             y_pred = self._call_in_training(x)
-        data = (x, y, y_pred, sample_weight)
-        loss = self._training_loss(*data)
+        loss = self._training_loss(x, y, y_pred, sample_weight)
+        inputs = [i for i in keras.tree.flatten(x) if i is not None]
         example_weights: Any = 1.0
         if recording.sites:
-            inputs = [i for i in keras.tree.flatten(x) if i is not None]
             recording.check_batch(tf.convert_to_tensor(inputs[0]))
-            example_weights = self._example_weights(data)
+            example_weights = self._example_weights(x, y, y_pred, sample_weight)
             loss = tf.reduce_mean(loss)
 
         def objective(weights: list[tf.Tensor]) -> Any:
@@ -114,9 +113,7 @@ class VOTrainStep(_KerasModel):
                 if not recording.sites:
                     return loss
                 self._check_no_added_losses(scope.losses)
-                examples, _ = self._example_losses(
-                    (x, y, y_pred, sample_weight)
-                )
+                examples, _ = self._example_losses(x, y, y_pred, sample_weight)
                 return tf.reduce_mean(loss), examples
 
         generation = optimizer.step(
@@ -128,7 +125,6 @@ class VOTrainStep(_KerasModel):
         )
         self._population_metrics.update(generation)
         # After the step, which refuses a loss that is not a scalar.
-        inputs = [i for i in keras.tree.flatten(x) if i is not None]
         # Not the metric called "loss": the user may have one of that name.
         self._loss_tracker.update_state(
             loss, sample_weight=tf.shape(inputs[0])[0]
@@ -243,9 +239,7 @@ class VOTrainStep(_KerasModel):
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
         )
 
-    def _example_losses(
-        self, data: tuple[Any, ...]
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def _example_losses(self, *data: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Losses [batch], and those of all examples' weights."""
         self._by_example = True
         try:
@@ -255,10 +249,10 @@ class VOTrainStep(_KerasModel):
             self._by_example = False
         return per_example.checked_examples(losses), weights
 
-    def _example_weights(self, data: tuple[Any, ...]) -> Any:
+    def _example_weights(self, *data: Any) -> Any:
         """The examples' weights [batch], of mean 1; 1 if there are none."""
         with keras.StatelessScope():  # no update of metrics
-            losses, weights = self._example_losses(data)
+            losses, weights = self._example_losses(*data)
         if not weights:
             return 1.0
         total = tf.add_n([tf.cast(w, losses.dtype) for w in weights])

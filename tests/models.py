@@ -115,3 +115,19 @@ def assert_same_state(first, second):
 def zero_one_error(y_true, y_pred):
     wrong = tf.argmax(y_pred, -1) != tf.cast(tf.squeeze(y_true, -1), tf.int64)
     return tf.cast(wrong, tf.float32)
+
+
+def nodes_of_a_step(model, features=FEATURES):
+    """All nodes of a training step's graph, those of its functions included."""
+    x = np.zeros((8, features), "float32")
+    y = np.zeros((8, 1), "int32")
+    model.train_on_batch(x, y)  # builds the optimizer
+
+    @tf.function
+    def step(x, y):
+        return model.train_step((x, y))
+
+    graph = step.get_concrete_function(tf.constant(x), tf.constant(y)).graph
+    definition = graph.as_graph_def(add_shapes=True)
+    functions = definition.library.function
+    return [*definition.node, *(n for f in functions for n in f.node_def)]

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import keras_vo
 from keras_vo import noise
-from keras_vo.layers import LocalReparamDense
+from keras_vo.layers import LocalReparamDense, LowRankDense
 
 STRUCTURES = ["fixed", "isotropic", "layerwise", "separable"]
 BATCH, IN = 4, 3
@@ -313,3 +313,62 @@ def test_inputs_of_zeros_have_no_variance():
     )
     models.fit(model, x, y)
     assert np.all(np.isfinite(models.weights(model)))
+
+
+# --- batches of a size that only running the step tells ---
+
+
+def fit_model(layer=LocalReparamDense, **kwargs):
+    keras.utils.set_random_seed(0)
+    return models.make_model(
+        [layer(5, activation="relu"), layer(3)],
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer=models.make_optimizer(**kwargs),
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"chunk_size": 2}, {"chunk_size": 3}, {"memory_budget": 1}]
+)
+def test_chunks_do_not_matter_in_fit(kwargs):
+    """20 examples in batches of 8: the last batch is smaller."""
+    data = models.make_data(20)
+    want, got = fit_model(), fit_model(**kwargs)
+    for model in (want, got):
+        models.fit(model, *data)
+    np.testing.assert_allclose(
+        models.weights(got), models.weights(want), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "layer", [LocalReparamDense, LowRankDense, keras.layers.Dense]
+)
+def test_an_empty_batch_and_nan_in_fit_lose_nothing(layer):
+    """Only the batch before them changes the weights."""
+    x, y = models.make_data(16)
+    broken = np.full_like(x[:8], np.nan)
+
+    def batches():
+        yield x[:8], y[:8]
+        yield x[:0], y[:0]
+        yield broken, y[:8]
+
+    sgd = keras.optimizers.SGD
+    model = fit_model(layer, inner_optimizer=sgd(10.0))
+    start = models.weights(model)
+    model.train_on_batch(x[:8], y[:8])
+    want = models.weights(model)
+    assert np.abs(want - start).max() > 0.01
+    model = fit_model(layer, inner_optimizer=sgd(10.0))
+    data = tf.data.Dataset.from_generator(
+        batches,
+        output_signature=(
+            tf.TensorSpec([None, 4]),
+            tf.TensorSpec([None, 1], tf.int64),
+        ),
+    ).apply(tf.data.experimental.assert_cardinality(3))
+    model.fit(data, shuffle=False, verbose=0)
+    np.testing.assert_allclose(models.weights(model), want, atol=1e-5)
+    assert int(model.optimizer.generations) == 3
+    assert int(model.optimizer.iterations) == 2  # the empty one's is 0
