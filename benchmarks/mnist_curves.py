@@ -53,12 +53,12 @@ ARMS = {
 }
 
 
-def run(name):
-    """The arm's curve, from a file if it is there."""
+def run(name, arguments):
+    """The curve of a run of the example, from a file if it is there."""
     path = pathlib.Path(FLAGS.folder) / f"{name.replace(' ', '_')}.json"
     if not path.exists():
         example = pathlib.Path(__file__).parent.parent / "examples" / "mnist.py"
-        command = [sys.executable, example, *ARMS[name]]
+        command = [sys.executable, example, *arguments]
         command += [f"--curve_path={path}", "--plot_path="]
         if FLAGS.data_path:
             command.append(f"--data_path={FLAGS.data_path}")
@@ -100,7 +100,7 @@ def plot(curves, path):
 
 def main(argv):
     del argv
-    curves = {name: run(name) for name in FLAGS.arms or ARMS}
+    curves = {name: run(name, ARMS[name]) for name in FLAGS.arms or ARMS}
     for name, points in curves.items():
         at_40 = [p["accuracy"] for p in points if p["seconds"] <= 40]
         row = {

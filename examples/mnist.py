@@ -39,13 +39,22 @@ flags.DEFINE_string(
 flags.DEFINE_enum(
     "network",
     "mlp",
-    ["mlp", "cnn", "patches"],
+    ["mlp", "cnn", "patches", "frozen"],
     "mlp: dense layers. cnn: two strided convolutions, perturbed in weight "
-    "space, before them. patches: the convolutions as dense layers on patches, "
-    "perturbed as the others are.",
+    "space, before them. patches: a dense layer on patches, perturbed as the "
+    "others are, before them. frozen: a convolution of random kernels that is "
+    "not trained, before them.",
 )
-flags.DEFINE_list("units", ["128"], "Units of the hidden dense layers.")
-flags.DEFINE_enum("loss", "nll", ["nll", "zero_one"], "Loss to minimise.")
+flags.DEFINE_list(
+    "units", ["128"], "Units of the hidden dense layers; empty: none."
+)
+flags.DEFINE_enum(
+    "loss",
+    "nll",
+    ["nll", "zero_one", "f1"],
+    "Loss to minimise. f1: 1 less the batch's mean F1 of the classes, which "
+    "has no value for each image, as local_reparam needs it.",
+)
 flags.DEFINE_enum(
     "dense",
     "local_reparam",
@@ -74,8 +83,8 @@ flags.DEFINE_enum(
     ["identity", "standardize", "centered_rank", "nes"],
     "How losses become utilities.",
 )
-flags.DEFINE_integer(
-    "shift", 0, "Pixels that a training batch is moved by, at most."
+flags.DEFINE_float(
+    "shift", 0, "Pixels that a training image is moved by, at most."
 )
 flags.DEFINE_bool("jit_compile", False, "Compile the evaluation by XLA.")
 flags.DEFINE_integer("seed", 0, "Seed of initial weights, batches and noise.")
@@ -91,11 +100,21 @@ def zero_one_error(y_true, y_pred):
 
 
 @keras.saving.register_keras_serializable(package="keras_vo_examples")
+def f1_error(y_true, y_pred):
+    """1 - the mean over classes of 2 TP / (images of it + predictions)."""
+    labels = tf.one_hot(tf.cast(tf.reshape(y_true, [-1]), tf.int32), 10)
+    predictions = tf.one_hot(tf.argmax(y_pred, axis=-1), 10)
+    hits = tf.reduce_sum(labels * predictions, axis=0)
+    total = tf.reduce_sum(labels + predictions, axis=0)
+    return 1.0 - tf.reduce_mean(tf.math.divide_no_nan(2.0 * hits, total))
+
+
+@keras.saving.register_keras_serializable(package="keras_vo_examples")
 class Patches(keras.layers.Layer):
-    """Patches of 5 x 5, two pixels apart: [batch, h, w, channels * 25]."""
+    """Patches of 6 x 6, four pixels apart: [batch, h, w, channels * 36]."""
 
     def call(self, inputs):
-        return keras.ops.image.extract_patches(inputs, 5, 2, padding="same")
+        return keras.ops.image.extract_patches(inputs, 6, 4, padding="same")
 
 
 def load_data():
@@ -113,21 +132,16 @@ def load_data():
 
 
 def make_batches(x, y):
-    """Shuffled batches, each moved by up to `--shift` pixels."""
-    shift = FLAGS.shift
-
-    def move(images, labels):
-        size = tf.shape(images)
-        images = tf.pad(
-            images, [[0, 0], [shift, shift], [shift, shift], [0, 0]]
-        )
-        return tf.image.random_crop(images, size), labels
-
+    """Shuffled batches of images, each moved by up to `--shift` pixels."""
     data = tf.data.Dataset.from_tensor_slices((x, y))
     data = data.shuffle(len(x), seed=FLAGS.seed)
     data = data.batch(FLAGS.batch_size, drop_remainder=True)
-    if shift:
-        data = data.map(move)
+    if FLAGS.shift:
+        share = FLAGS.shift / x.shape[1]
+        move = keras.layers.RandomTranslation(
+            share, share, "constant", "nearest", seed=FLAGS.seed
+        )
+        data = data.map(lambda x, y: (move(x, training=True), y))
     return data.prefetch(2)
 
 
@@ -139,9 +153,13 @@ def make_layers():
             yield layers.BatchNormalization()
             yield layers.ReLU()
     if FLAGS.network == "patches":
-        for filters in (8, 16):
-            yield Patches()
-            yield layers.Dense(filters, activation="relu")
+        yield Patches()
+        yield layers.Dense(16, activation="relu")
+    if FLAGS.network == "frozen":
+        yield layers.Conv2D(
+            64, 5, padding="same", activation="relu", trainable=False
+        )
+        yield layers.MaxPool2D(4)
     yield layers.Flatten()
     for units in map(int, FLAGS.units):
         yield layers.Dense(units, activation="relu")
@@ -173,6 +191,7 @@ def make_model(steps):
     loss = {
         "nll": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         "zero_one": zero_one_error,
+        "f1": f1_error,
     }[FLAGS.loss]
     model.compile(
         optimizer=optimizer,
@@ -247,10 +266,15 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    if FLAGS.backpropagation and FLAGS.loss == "zero_one":
+    if FLAGS.backpropagation and FLAGS.loss != "nll":
         raise app.UsageError(
-            "Expected --loss=nll with --backpropagation: the 0-1 error has "
-            "no gradient. Received: --loss=zero_one"
+            "Expected --loss=nll with --backpropagation: the other losses "
+            f"have no gradient. Received: --loss={FLAGS.loss}"
+        )
+    if FLAGS.loss == "f1" and FLAGS.dense == "local_reparam":
+        raise app.UsageError(
+            "Expected --dense=low_rank or --dense=full with --loss=f1, which "
+            "has no value for each image. Received: --dense=local_reparam"
         )
     keras.utils.set_random_seed(FLAGS.seed)
     x_train, y_train, x_test, y_test = load_data()

@@ -16,7 +16,9 @@ from keras_vo import noise as noise_lib
 
 __all__ = ["ChunkPlan", "Draws", "NoiseSource"]
 
-# More draws than this in one chunk bring no speed, only memory.
+# More draws than this in one chunk bring no speed, only memory; unless layers
+# perturb activations, for which the members of all chunks but the first are
+# evaluated a second time.
 _MAX_CHUNK = 64
 # Noise, perturbed weights and their copies of one chunk: what stays near the
 # caches of a CPU. Measured in BUILD_NOTES.md, "Chunks".
@@ -60,23 +62,29 @@ class ChunkPlan:
             draws: number of noise vectors in the population.
             members_per_draw: 2 with antithetic pairs, else 1.
             draw_bytes: bytes of one noise vector of the weights.
-            memory_budget: bytes for noise and perturbed weights.
+            memory_budget: bytes for noise, perturbed weights and perturbed
+                activations.
             chunk_size: members in a chunk at most; `None` to choose.
             activation_bytes: bytes of the perturbed activations of one draw.
         """
         # A draw, and per member its weights and their copy as a list.
         working = draw_bytes * (1 + 2 * members_per_draw) + activation_bytes
         unknown = tf.is_tensor(working)  # as is the size of the batch
-        if chunk_size is None:
-            budget = min(_CHUNK_BYTES, memory_budget)
-            most = min(draws, _MAX_CHUNK)
-            if unknown:  # 0 bytes for a batch of no examples
-                fits = budget // tf.maximum(working, 1)
-                chunk = tf.clip_by_value(fits, 1, most)
-            else:
-                chunk = min(max(budget // working, 1), most)
-        else:
+        budget = min(_CHUNK_BYTES, memory_budget)
+        if chunk_size is not None:
             chunk = min(draws, max(1, chunk_size // members_per_draw))
+        elif unknown:
+            fits = budget // tf.maximum(working, 1)  # 0: no examples
+            chunk = tf.where(
+                draws * working <= memory_budget,
+                tf.constant(draws, tf.int64),
+                tf.clip_by_value(fits, 1, min(draws, _MAX_CHUNK)),
+            )
+            chunk = tf.cast(chunk, tf.int32)
+        elif activation_bytes and draws * working <= memory_budget:
+            chunk = draws
+        else:
+            chunk = min(max(budget // max(working, 1), 1), draws, _MAX_CHUNK)
         chunk = -(-draws // -(-draws // chunk))  # evenly filled
         at_once = _CHUNK_BYTES if unknown else chunk * working
         kept = draws * draw_bytes + at_once

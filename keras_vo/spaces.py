@@ -282,4 +282,4 @@ class SearchSpaces:
 def _size(tensor: tf.Tensor) -> Any:
     if tensor.shape.is_fully_defined():
         return math.prod(tensor.shape)
-    return tf.size(tensor)
+    return tf.size(tensor, tf.int64)
