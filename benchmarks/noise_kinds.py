@@ -12,6 +12,7 @@ Cells:
     low_rank     a step of full-rank over one of LowRankDense
     local        a step of LocalReparamDense over the same mathematics without
                  Keras and without layers
+    chunks       a step of LocalReparamDense in four chunks over one in one
     memory       peak memory of LocalReparamDense as N, |B| and the width grow
 """
 
@@ -34,7 +35,9 @@ from keras_vo.layers import LocalReparamDense, LowRankDense
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
-    "cells", ["variance", "low_rank", "local", "memory"], "What to measure."
+    "cells",
+    ["variance", "low_rank", "local", "chunks", "memory"],
+    "What to measure.",
 )
 flags.DEFINE_integer("repeats", 15, "Timed steps, or epochs, of each kind.")
 flags.DEFINE_integer("steps", 200, "Gradients a variance is taken of.")
@@ -243,6 +246,30 @@ def local():
     }
 
 
+def chunks(population_size, batch):
+    """784-128-10: `train_on_batch`; the members of three chunks twice."""
+    units = (784, 128, 10)
+    x, y = make_batch(units, batch)
+    steps = {}
+    for count in (1, 4):
+        model = make_model(
+            "local",
+            units,
+            population_size=population_size,
+            chunk_size=population_size // count,
+            seed=0,
+        )
+        steps[count] = lambda model=model: model.train_on_batch(x, y)
+    times = medians(steps)
+    return {
+        "population_size": population_size,
+        "batch": batch,
+        "four_ms": round(1e3 * times[4], 1),
+        "one_ms": round(1e3 * times[1], 1),
+        "ratio": round(times[4] / times[1], 2),
+    }
+
+
 def memory(width, population_size, batch):
     units = (784, width, 10)
     model = make_model("local", units, population_size=population_size, seed=0)
@@ -263,6 +290,7 @@ CHILDREN = {
     "variance": ["variance"],
     "low_rank": ["low_rank"],
     "local": ["local"],
+    "chunks": ["chunks:64:256", "chunks:256:256", "chunks:16:4096"],
     "memory": [
         f"memory:{width}:{n}:{batch}"
         for width, n, batch in (

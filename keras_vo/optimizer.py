@@ -110,11 +110,12 @@ class VOOptimizer(keras.optimizers.Optimizer):
             as many as are fast and fit `memory_budget`. The search does not
             depend on it; lower it where the activations of a chunk take too
             much memory.
-        memory_budget: bytes for noise and perturbed weights. Within it noise
-            is kept for the gradient, otherwise drawn a second time. At least
-            one member's weights must exist, so a model larger than the budget
-            goes beyond it. Activations come on top; those that are perturbed
-            are counted when the chunk is chosen.
+        memory_budget: bytes for noise, perturbed weights, and activations
+            that `LocalReparamDense` perturbs. Within it noise is kept for the
+            gradient, otherwise drawn a second time; and members with
+            perturbed activations are evaluated once, otherwise twice. At
+            least one member's weights must exist, so a model larger than the
+            budget goes beyond it. Other activations come on top.
         name: name of the optimizer.
 
     Raises:

@@ -134,3 +134,24 @@ def test_plan_keeps_within_the_budget():
     assert ChunkPlan.make(10, 2, 4, mebi, 6).chunk == 3
     assert ChunkPlan.make(10, 2, 4, mebi, 1).chunk == 1
     assert ChunkPlan.make(10, 1, 4, mebi, 10**6).chunk == 10
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_plan_evaluates_once_what_fits_the_budget(tensor):
+    """Perturbed activations of draws, of a batch of known or unknown size."""
+    mebi = 2**20
+
+    def chunk(draws, activation_bytes, chunk_size=None):
+        if tensor:
+            activation_bytes = tf.constant(activation_bytes, tf.int64)
+        plan = ChunkPlan.make(
+            draws, 2, 4, 512 * mebi, chunk_size, activation_bytes
+        )
+        return int(plan.chunk)
+
+    assert chunk(128, 4 * mebi - 20) == 128
+    assert chunk(128, 4 * mebi) == 7  # fewer than 32 MiB
+    assert chunk(10**6, 512) == 10**6
+    assert chunk(10**6, 1024) == 64
+    assert chunk(1000, 100 * mebi) == 1  # 100 GB in all
+    assert chunk(8, 4 * mebi, chunk_size=4) == 2
