@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 __all__ = [
+    "check_batch",
     "check_variables",
     "checked_integer",
     "checked_number",
@@ -112,3 +113,24 @@ def checked_scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
             f"Received: a tensor of shape {tuple(loss.shape)}"
         )
     return tf.cast(loss, dtype)
+
+
+def check_batch(values: tf.Tensor, inputs: tf.Tensor, requirement: str) -> None:
+    """Checks that `values` has an entry for each example of the batch.
+
+    Args:
+        values: [batch, ...].
+        inputs: of the model, [batch, ...].
+        requirement: what is to be so, a sentence of the message.
+
+    Raises:
+        ValueError: it has not; where only running the step tells, an
+            InvalidArgumentError then.
+    """
+    message = (
+        f"{requirement} Expected: a first axis of size {inputs.shape[0]}, as "
+        f"the model's inputs. Received: shape {tuple(values.shape)}"
+    )
+    if not values.shape[:1].is_compatible_with(inputs.shape[:1]):
+        raise ValueError(message)
+    tf.debugging.assert_equal(tf.shape(values)[0], tf.shape(inputs)[0], message)

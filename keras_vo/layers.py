@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_vo import perturbation
 
-__all__ = ["LocalReparamDense", "LowRankDense", "as_dense", "convert_dense"]
+__all__ = ["LocalReparamDense", "LowRankDense"]
 
 
 class PerturbedDense(keras.layers.Dense):
@@ -65,11 +66,13 @@ class LocalReparamDense(PerturbedDense):
     axis is contracted. The noise is then independent for each position
     between the first and the last axis too, as it is for each example; under
     one perturbed kernel the positions would be correlated. All positions of
-    an example are judged by the example's loss.
+    an example are judged by the example's loss, but for those that the inputs'
+    mask leaves out.
 
     What an example does to others through the statistics of a
     BatchNormalization behind this layer is not credited to it; nor is what
-    another layer computes from this one's weights (tied weights).
+    another layer computes from this one's weights (tied weights). Sparse
+    inputs are not supported. With LoRA or quantization enabled it is Dense.
 
     Args:
         *args: those of `keras.layers.Dense`.
@@ -105,7 +108,8 @@ class LowRankDense(PerturbedDense):
     noise. The bias is perturbed as any other weight. Where each weight has a
     variance of its own ("separable"), a step moves log sigma^2 of the kernel
     by a term for each row and one for each column. The gradients are in
-    `keras_vo.low_rank`.
+    `keras_vo.low_rank`. (A regularizer of the kernel reads the perturbed
+    kernel, which is then formed.)
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
@@ -132,6 +136,8 @@ class LowRankDense(PerturbedDense):
         self.rank = _checked_rank(rank)
 
     def _perturbed(self, scope: Any, inputs: Any) -> Any:
+        if not tf.as_dtype(inputs.dtype).is_floating:  # as in Dense
+            inputs = keras.ops.cast(inputs, self.compute_dtype)
         outputs = scope.low_rank_product(self.kernel, self.rank, inputs)
         if self.bias is not None:
             outputs = keras.ops.add(outputs, self.bias)
@@ -180,8 +186,10 @@ def convert_dense(model: Any, dense: str) -> None:
     # Private: `layers` does not reach the layers inside of layers.
     for layer in model._flatten_layers():
         if type(layer) in KINDS.values():
-            if dense == "low_rank" and not hasattr(layer, "rank"):
-                layer.rank = 1
+            if dense == "low_rank":
+                layer.rank = getattr(layer, "rank", 1)
+            elif hasattr(layer, "rank"):
+                del layer.rank
             layer.__class__ = KINDS[dense]
 
 

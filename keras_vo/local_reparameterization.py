@@ -134,6 +134,8 @@ class ActivationNoise:
         variances: sigma^2 of the kernel, [in, out] or a scalar, and of the
             bias, [out] or a scalar, if there is one that is searched over.
         adapts: whether sigma is to be changed.
+        mask: which positions count, [batch, ...]; `None`: all. The score of
+            the others would be noise.
 
     Attributes:
         variance: v in the mean network.
@@ -144,10 +146,12 @@ class ActivationNoise:
         inputs: tf.Tensor,
         variances: Sequence[tf.Tensor],
         adapts: bool,
+        mask: tf.Tensor | None = None,
     ) -> None:
         self._has_bias = len(variances) > 1
         self._adapts = adapts
         dtype = variances[0].dtype
+        self._mask = None if mask is None else tf.cast(mask, dtype)[..., None]
         self._kernel_variance, self._bias_variance, *_ = (
             *variances,
             tf.zeros([], dtype),
@@ -185,6 +189,8 @@ class ActivationNoise:
         utilities = tf.reshape(
             utilities, tf.concat([tf.shape(utilities), positions], axis=0)
         )
+        if self._mask is not None:
+            utilities = utilities * self._mask
         noise = tf.stack([noise, -noise][:signs], axis=1)
         weighted = utilities * noise
         excess = utilities * (tf.square(noise) - 1.0)

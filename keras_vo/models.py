@@ -43,8 +43,33 @@ class VOModel(VOTrainStep, keras.Model):
         VOFunctional.__init__(self, *args, **kwargs)
 
 
+class _KeepsDense(VOTrainStep):
+    """Saves what `make_variational(dense=)` has made of Dense layers.
+
+    A layer inside of another layer is made anew by that one when it is
+    loaded, as Dense.
+    """
+
+    _dense: str | None = None
+
+    def get_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super().get_config()
+        return (
+            config if self._dense is None else config | {"dense": self._dense}
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        config = dict(config)
+        dense = config.pop("dense", None)
+        model = super().from_config(config, *args, **kwargs)
+        return model if dense is None else make_variational(model, dense)
+
+
 @keras.saving.register_keras_serializable(package="keras_vo")
-class VOFunctional(VOModel, Functional):
+class VOFunctional(_KeepsDense, VOModel, Functional):
     """What `VOModel(inputs, outputs)` is an instance of."""
 
     __init__ = Functional.__init__
@@ -64,7 +89,7 @@ def _make_functional(cls: type) -> type:
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
-class VOSequential(VOTrainStep, keras.Sequential):
+class VOSequential(_KeepsDense, keras.Sequential):
     """`keras.Sequential` trained by variational optimization.
 
     See `VOTrainStep` for what training does. (`keras.models.clone_model`
@@ -73,7 +98,7 @@ class VOSequential(VOTrainStep, keras.Sequential):
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
-class VariationalSubclass(VOTrainStep):
+class VariationalSubclass(_KeepsDense):
     """What `make_variational` makes of a user's own subclass of `keras.Model`.
 
     It is saved as the original inside this class, so that a process that
@@ -95,7 +120,7 @@ class VariationalSubclass(VOTrainStep):
         finally:
             self.__class__ = variational
         config.pop("compile_config", None)  # the outer object has it
-        return {"model": config}
+        return {"model": config, "dense": self._dense}
 
     @classmethod
     def from_config(
@@ -104,7 +129,8 @@ class VariationalSubclass(VOTrainStep):
         return make_variational(
             keras.saving.deserialize_keras_object(
                 config["model"], custom_objects=custom_objects
-            )
+            ),
+            config.get("dense"),
         )
 
 
@@ -130,8 +156,10 @@ def make_variational(model: Any, dense: str | None = None) -> Any:
         dense: what the model's Dense layers, those inside of other layers
             included, become in place, with their weights: "full"
             (`keras.layers.Dense`), "local_reparam" (`LocalReparamDense`) or
-            "low_rank" (`LowRankDense` of rank 1). `None` leaves them as they
-            are. Subclasses of Dense are left in any case.
+            "low_rank" (`LowRankDense`, of rank 1 unless they are already).
+            `None` leaves them as they are, and so are subclasses of Dense and
+            layers that do not exist yet, as those which another layer makes
+            when it is built.
 
     Returns:
         The same object with the same layers, weights and compile settings,
@@ -158,6 +186,8 @@ def make_variational(model: Any, dense: str | None = None) -> Any:
     else:
         original: Any = type(model)
         model.__class__ = _variational_subclass(original)
+    if dense is not None:
+        model._dense = dense
     model.train_function = None  # it would run the former class's train_step
     model.test_function = None
     return model

@@ -19,6 +19,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_vo import checks
+
 __all__ = ["ExampleLoss", "by_example", "checked_examples"]
 
 
@@ -30,12 +32,21 @@ class ExampleLoss:
         share: its weight among the losses of a model.
         weights: a list, to which each call appends the weights [batch] of the
             examples.
+        inputs: of the model, [batch, ...], to check that each example has a
+            loss; `None`: not checked.
     """
 
-    def __init__(self, loss: Any, share: Any, weights: list[tf.Tensor]) -> None:
+    def __init__(
+        self,
+        loss: Any,
+        share: Any,
+        weights: list[tf.Tensor],
+        inputs: tf.Tensor | None = None,
+    ) -> None:
         self._loss = loss
         self._share = 1.0 if share is None else share
         self._weights = weights
+        self._inputs = inputs
 
     def __call__(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
@@ -55,10 +66,18 @@ class ExampleLoss:
                 f"scalar from the loss {self._loss.name!r}. (For a loss of "
                 "the whole batch use Dense or LowRankDense.)"
             )
+        if self._inputs is not None:
+            checks.check_batch(
+                values,
+                self._inputs,
+                "LocalReparamDense needs a loss with a value for each "
+                f"example, which {self._loss.name!r} has not.",
+            )
         ones = _Ones(self._loss)
         weights = _unreduced(ones, arguments)
         # The reduction divides by the batch, the valid positions, ...
-        scale = tf.math.divide_no_nan(ones(*arguments), tf.reduce_mean(weights))
+        reduced = tf.reduce_mean(ones(*arguments))
+        scale = tf.math.divide_no_nan(reduced, tf.reduce_mean(weights))
         self._weights.append(self._share * _mean_of_positions(scale * weights))
         return _mean_of_positions(scale * values)
 
@@ -93,8 +112,14 @@ def _mean_of_positions(values: tf.Tensor) -> tf.Tensor:
 
 
 @contextlib.contextmanager
-def by_example(model: Any) -> Iterator[list[tf.Tensor]]:
+def by_example(
+    model: Any, inputs: tf.Tensor | None = None
+) -> Iterator[list[tf.Tensor]]:
     """Lets the compiled losses of `model` return the losses of examples.
+
+    Args:
+        model: a Keras model.
+        inputs: see `ExampleLoss`.
 
     Yields:
         A list, to which each compiled loss appends its examples' weights
@@ -103,13 +128,14 @@ def by_example(model: Any) -> Iterator[list[tf.Tensor]]:
     weights: list[tf.Tensor] = []
     # Private: nothing else has the losses that names and dicts stand for.
     compiled = model._compile_loss
-    if compiled is None:  # an overridden compute_loss
+    # Not built: an overridden compute_loss does not call them.
+    if compiled is None or not compiled.built:
         yield weights
         return
     losses = compiled._flat_losses
     compiled._flat_losses = [
         entry._replace(
-            loss=ExampleLoss(entry.loss, entry.loss_weights, weights)
+            loss=ExampleLoss(entry.loss, entry.loss_weights, weights, inputs)
         )
         for entry in losses
     ]
@@ -119,7 +145,7 @@ def by_example(model: Any) -> Iterator[list[tf.Tensor]]:
         compiled._flat_losses = losses
 
 
-def checked_examples(losses: Any) -> tf.Tensor:
+def checked_examples(losses: Any, inputs: tf.Tensor | None = None) -> tf.Tensor:
     """What compute_loss returned, the losses [batch] of the examples."""
     losses = tf.convert_to_tensor(losses)
     if losses.shape.rank != 1:
@@ -128,5 +154,11 @@ def checked_examples(losses: Any) -> tf.Tensor:
             "`compute_loss` that returns a tensor [batch], or the value of "
             "`super().compute_loss`. Received: a tensor of shape "
             f"{tuple(losses.shape)}"
+        )
+    if inputs is not None:
+        checks.check_batch(
+            losses,
+            inputs,
+            "`compute_loss` must return the loss of each example.",
         )
     return losses

@@ -23,7 +23,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo import low_rank
+from keras_vo import checks, low_rank
 
 __all__ = [
     "Evaluation",
@@ -92,6 +92,7 @@ class LocalSite:
         bias: its bias, a variable [units], or None.
         inputs: A [batch, ..., in] in the mean network.
         outputs: m [batch, ..., units] in the mean network.
+        mask: which positions count, [batch, ...]; `None`: all.
     """
 
     name: str
@@ -99,6 +100,7 @@ class LocalSite:
     bias: Any
     inputs: tf.Tensor
     outputs: tf.Tensor
+    mask: Any = None
 
 
 class Recording:
@@ -116,6 +118,7 @@ class Recording:
     def __init__(self, variables: Sequence[Any]) -> None:
         self._searched = {id(v) for v in variables}
         self._graph = _graph()
+        self._in_call = True
         self.sites: list[LocalSite] = []
         self.low_rank: list[LowRankKernel] = []
 
@@ -142,17 +145,23 @@ class Recording:
         """Notes a call; returns `outputs`.
 
         Raises:
-            ValueError: the call is in a loop, or a regularizer would read the
-                layer's weights.
+            ValueError: the call is in a loop or in the loss, or a regularizer
+                would read the layer's weights.
         """
-        if _graph() is not self._graph:
+        if not self._in_call:
+            raise ValueError(
+                f"Layer {name!r}, a LocalReparamDense, must be called by the "
+                "model's `call`. Expected: Dense or LowRankDense where only "
+                "the loss calls a layer. Received: a call by `compute_loss`"
+            )
+        if _graph() is not self._graph or _is_in_vectorized_loop(inputs):
             raise ValueError(
                 f"Layer {name!r}, a LocalReparamDense, is called in a loop (a "
-                "recurrent cell, TimeDistributed, tf.while_loop). Expected: a "
-                "call with all positions at once, as Dense has for inputs "
-                "of rank 3 and higher, or noise of another kind, "
-                "LowRankDense or Dense. Received: a call in another graph "
-                "than the training step's"
+                "recurrent cell, TimeDistributed, tf.while_loop, "
+                "vectorized_map). Expected: a call with all positions at "
+                "once, as Dense has for inputs of rank 3 and higher, or noise "
+                "of another kind, LowRankDense or Dense. Received: a call in "
+                "the body of a loop"
             )
         bias = bias if bias is not None and self.searches(bias) else None
         for weight in (kernel, bias):
@@ -165,30 +174,29 @@ class Recording:
                     "optimizer instead. Received: "
                     f"{weight.path!r} with {weight.regularizer!r}"
                 )
-        self.sites.append(LocalSite(name, kernel, bias, inputs, outputs))
+        # Private: Keras attaches masks to tensors, and has no public reader.
+        mask = getattr(inputs, "_keras_mask", None)
+        if mask is not None and mask.shape.rank != inputs.shape.rank - 1:
+            mask = None
+        self.sites.append(LocalSite(name, kernel, bias, inputs, outputs, mask))
         return outputs
+
+    def end_of_call(self) -> None:
+        """Says that from now on the loss is computed."""
+        self._in_call = False
 
     def check_batch(self, inputs: tf.Tensor) -> None:
         """Checks that each call had the examples along its first axis.
 
         Args:
             inputs: of the model, [batch, ...].
-
-        Raises:
-            ValueError: a call had not; or, where only running the step tells,
-                an InvalidArgumentError then.
         """
         for site in self.sites:
-            message = (
+            checks.check_batch(
+                site.outputs,
+                inputs,
                 f"Layer {site.name!r}, a LocalReparamDense, must be called "
-                "with the examples along the first axis. "
-                f"Expected: size {inputs.shape[0]}, as the model's inputs. "
-                f"Received: {site.outputs.shape[0]}"
-            )
-            if not inputs.shape[:1].is_compatible_with(site.outputs.shape[:1]):
-                raise ValueError(message)
-            tf.debugging.assert_equal(
-                tf.shape(site.outputs)[0], tf.shape(inputs)[0], message
+                "with the examples along the first axis.",
             )
 
 
@@ -295,6 +303,28 @@ def _depends(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:
     if tf.executing_eagerly():
         return True
     targets = {id(source.op) for source in sources}
+    return any(
+        id(op) in targets
+        or "Random" in op.type
+        or "Call" in op.type
+        or (op.op_def.is_stateful and op.type != "ReadVariableOp")
+        for op in _ancestors(tensor)
+    )
+
+
+def _is_in_vectorized_loop(tensor: tf.Tensor) -> bool:
+    """Whether `tensor` depends on the index of a tf.vectorized_map.
+
+    Its body is traced into the graph around it, with a placeholder for the
+    index.
+    """
+    return not tf.executing_eagerly() and any(
+        op.type == "PlaceholderWithDefault" for op in _ancestors(tensor)
+    )
+
+
+def _ancestors(tensor: tf.Tensor) -> Iterator[Any]:
+    """The ops of the graph that a tensor is computed by."""
     seen = set()
     todo = [tensor.op]
     while todo:
@@ -302,13 +332,6 @@ def _depends(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:
         if id(op) in seen:
             continue
         seen.add(id(op))
-        if (
-            id(op) in targets
-            or "Random" in op.type
-            or "Call" in op.type
-            or (op.op_def.is_stateful and op.type != "ReadVariableOp")
-        ):
-            return True
+        yield op
         todo.extend(source.op for source in op.inputs)
         todo.extend(op.control_inputs)
-    return False

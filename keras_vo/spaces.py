@@ -87,7 +87,10 @@ class SearchSpaces:
                 index[id(v)] for v in (site.kernel, site.bias) if v is not None
             ]
             noise = ActivationNoise(
-                site.inputs, [self._variances[i] for i in weights], adapts
+                site.inputs,
+                [self._variances[i] for i in weights],
+                adapts,
+                site.mask,
             )
             self._local.append((weights, noise))
         claimed = {i for weights, _ in self._local for i in weights}
@@ -122,8 +125,17 @@ class SearchSpaces:
         return tuple(site.outputs for site in self._recording.sites)
 
     def activation_bytes(self, members_per_draw: int) -> Any:
-        """Bytes of perturbed activations a draw: an integer or a tensor."""
-        numbers = 0
+        """Bytes of perturbed activations a draw: an integer or a tensor.
+
+        And of the perturbed kernels that regularizers of low-rank ones read.
+        """
+        numbers: Any = members_per_draw * sum(
+            self._layout.sizes[i]
+            for kernel, i in zip(
+                self._recording.low_rank, self._low_rank, strict=True
+            )
+            if getattr(kernel.variable, "regularizer", None) is not None
+        )
         for site in self._recording.sites:
             outputs, inputs = _size(site.outputs), _size(site.inputs)
             numbers += outputs + members_per_draw * (3 * outputs + inputs)

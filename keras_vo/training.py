@@ -95,12 +95,16 @@ class VOTrainStep(_KerasModel):
         recording = Recording(self.trainable_variables)
         with entered(recording):
             y_pred = self._call_in_training(x)
-        loss = self._training_loss(x, y, y_pred, sample_weight)
+            recording.end_of_call()
+            loss = self._training_loss(x, y, y_pred, sample_weight)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
         example_weights: Any = 1.0
         if recording.sites:
-            recording.check_batch(tf.convert_to_tensor(inputs[0]))
-            example_weights = self._example_weights(x, y, y_pred, sample_weight)
+            some_input = tf.convert_to_tensor(inputs[0])
+            recording.check_batch(some_input)
+            example_weights = self._example_weights(
+                x, y, y_pred, sample_weight, inputs=some_input
+            )
             loss = tf.reduce_mean(loss)
 
         def objective(weights: list[tf.Tensor]) -> Any:
@@ -239,23 +243,28 @@ class VOTrainStep(_KerasModel):
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
         )
 
-    def _example_losses(self, *data: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def _example_losses(
+        self, *data: Any, inputs: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Losses [batch], and those of all examples' weights."""
         self._by_example = True
         try:
-            with per_example.by_example(self) as weights:
+            with per_example.by_example(self, inputs) as weights:
                 losses = self._training_loss(*data)
         finally:
             self._by_example = False
-        return per_example.checked_examples(losses), weights
+        return per_example.checked_examples(losses, inputs), weights
 
-    def _example_weights(self, *data: Any) -> Any:
-        """The examples' weights [batch], of mean 1; 1 if there are none."""
+    def _example_weights(self, *data: Any, inputs: tf.Tensor) -> Any:
+        """The examples' weights [batch], of mean 1; 1 if there are none.
+
+        Weights of losses may be negative: they count by their size.
+        """
         with keras.StatelessScope():  # no update of metrics
-            losses, weights = self._example_losses(*data)
+            losses, weights = self._example_losses(*data, inputs=inputs)
         if not weights:
             return 1.0
-        total = tf.add_n([tf.cast(w, losses.dtype) for w in weights])
+        total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
         return tf.math.divide_no_nan(total, tf.reduce_mean(total))
 
     def _check_no_added_losses(self, added: list[Any]) -> None:

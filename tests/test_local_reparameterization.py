@@ -259,6 +259,74 @@ def test_far_less_variance_than_weight_space_noise():
     assert variance(keras.layers.Dense) > 10 * variance(LocalReparamDense)
 
 
+# --- what becomes of the gradients ---
+
+
+def test_the_natural_gradient_is_the_gradient_over_the_fisher_information():
+    """mu: sigma^2 times; beta: 2 / D times, for the D weights of a layer."""
+    x, y = make_data()
+    plain = gradients(make_model(two_layers(), x, variance="layerwise"), x, y)
+    natural = gradients(
+        make_model(
+            two_layers(), x, variance="layerwise", natural_gradient=True
+        ),
+        x,
+        y,
+    )
+    np.testing.assert_allclose(natural[0], 0.3**2 * plain[0], rtol=1e-9)
+    np.testing.assert_allclose(
+        natural[1], plain[1] * 2 / np.array([12, 8]), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("layer", [LocalReparamDense, LowRankDense])
+def test_max_kl_bounds_the_step(layer):
+    """The step of mu alone: KL = |mu' - mu|^2 / (2 sigma^2)."""
+    x, y = make_data()
+    layers = [lambda: layer(3, activation="relu"), lambda: layer(2)]
+
+    def divergence(max_kl):
+        model = make_model(
+            layers,
+            x,
+            variance="fixed",
+            inner_optimizer=keras.optimizers.SGD(99.0),
+            max_kl=max_kl,
+        )
+        return (gradients(model, x, y)[0] ** 2).sum() / (2 * 0.3**2)
+
+    assert divergence(None) > 1
+    assert 0.49 < divergence(0.5) < 0.5 + 1e-9
+
+
+class Masks(keras.layers.Layer):
+    """Leaves out the last position of each example."""
+
+    def call(self, inputs):
+        return inputs * 1.0  # the mask is attached to it
+
+    def compute_mask(self, inputs, previous=None):
+        ones = keras.ops.ones_like(inputs[:, :, 0], dtype="bool")
+        return keras.ops.logical_and(ones, [True, True, False])
+
+
+@pytest.mark.parametrize("variance", ["layerwise", "separable"])
+def test_positions_that_a_mask_leaves_out_have_no_score(variance):
+    """The masked position's input would move the weights, were it scored."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCH, 3, IN)), rng.normal(size=(BATCH, 3, 2))
+    other = x.copy()
+    other[:, -1] = rng.normal(size=(BATCH, IN))
+    layers = [Masks, *two_layers()]
+    got = gradients(make_model(layers, x, variance=variance), x, y)
+    want = gradients(make_model(layers, x, variance=variance), other, y)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
+    unmasked = gradients(make_model(two_layers(), x), x, y)
+    changed = gradients(make_model(two_layers(), x), other, y)
+    assert np.abs(unmasked[0] - changed[0]).max() > 1e-3
+
+
 # --- it is Dense ---
 
 

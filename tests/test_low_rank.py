@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 from test_local_reparameterization import gradients, make_model, z_scores
 
+import keras_vo
 from keras_vo import low_rank
 from keras_vo.layers import LowRankDense
 
@@ -115,7 +116,7 @@ def test_unbiased(rank, variance, antithetic):
 def test_tends_to_full_rank_as_r_grows(rank):
     """f = w^3, one weight at 0: E[f E] / sigma = sigma^2 (3 + 6 / r).
 
-    E[E^4] = 3 + 6/r, and 3 for a normal number. 60 steps of 1024 members; a
+    E[E^4] = 3 + 6/r, and 3 for a normal number. 60 steps of 4096 members; a
     Student-t with 59 degrees of freedom is beyond 5 with probability 6e-6.
     Rank 64 is within 5 % of full rank, and 4 is 50 % from it.
     """
@@ -186,3 +187,27 @@ def test_regularizers_see_the_members_kernel():
     )
     model.train_on_batch(0 * x, 0 * x[:, :2])
     assert np.std(spy.losses) > 1e-4
+
+
+def test_inputs_of_integers_and_of_rank_3():
+    """As in Dense; without sigma the members are the mean network."""
+    model = models.make_model(
+        [LowRankDense(5, activation="relu"), LowRankDense(3)],
+        shape=(2, 4),
+        loss="mse",
+        optimizer=models.make_optimizer(
+            search_distribution=keras_vo.GaussianSearchDistribution(
+                "fixed", stddev=1e-9, min_stddev=1e-9
+            )
+        ),
+    )
+    x = np.random.default_rng(0).integers(0, 9, size=(6, 2, 4))
+    y = np.zeros((6, 2, 3), "float32")
+    want = np.mean(np.square(model(x) - y))
+    logs = model.train_on_batch(x.astype("float32"), y, return_dict=True)
+    np.testing.assert_allclose(logs["population_loss"], want, rtol=1e-5)
+
+    inputs = keras.Input((4,), dtype="int32")
+    integers = keras_vo.VOModel(inputs, LowRankDense(3)(inputs))
+    integers.compile(optimizer=models.make_optimizer(), loss="mse")
+    assert np.all(np.isfinite(integers.train_on_batch(x[:, 0], y[:, 0])))

@@ -1,6 +1,7 @@
 """The model classes, and conversion of models that exist already."""
 
 import copy
+import itertools
 import pickle
 
 import keras
@@ -48,7 +49,7 @@ def nested():
     return keras.Model(inputs, sequential()(keras.layers.Rescaling(2)(inputs)))
 
 
-KINDS = [functional, sequential, subclassed, nested]
+MODELS = [functional, sequential, subclassed, nested]
 
 
 def compile_and_fit(model):
@@ -59,7 +60,7 @@ def compile_and_fit(model):
     return models.fit(model)
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", MODELS)
 def test_same_object_same_weights_and_it_trains(make):
     model = make()
     original, layers = type(model), list(model.layers)
@@ -78,7 +79,7 @@ def test_same_object_same_weights_and_it_trains(make):
     assert keras_vo.make_variational(model) is model
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", MODELS)
 def test_trains_as_the_class_of_its_own(make):
     """Converted = built as VOSequential, from the same weights."""
     model = keras_vo.make_variational(make())
@@ -149,10 +150,46 @@ def test_vo_model_is_functional_and_can_be_subclassed_in_both_styles():
     assert plain.input_shape == (None, 4)
 
 
-@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("make", [functional, sequential, subclassed])
-def test_copies_go_on_as_the_original(make, duplicate):
-    model = keras_vo.make_variational(make())
+@keras.saving.register_keras_serializable(package="keras_vo_tests")
+class Block(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(5, activation="relu")
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def with_block():
+    inputs = keras.Input((4,))
+    outputs = keras.layers.Dense(3, activation="softmax")(Block()(inputs))
+    return keras.Model(inputs, outputs)
+
+
+def sequential_with_block():
+    return keras.Sequential(
+        [keras.Input((4,)), Block(), models.make_layers()[1]]
+    )
+
+
+@pytest.mark.parametrize(
+    "make, dense, duplicate",
+    [
+        *itertools.product(
+            [functional, sequential, subclassed], [None], ["deepcopy", "pickle"]
+        ),
+        *itertools.product(
+            [subclassed, with_block, sequential_with_block],
+            ["local_reparam", "low_rank"],
+            ["pickle"],
+        ),
+    ],
+)
+def test_copies_go_on_as_the_original(make, dense, duplicate):
+    model = keras_vo.make_variational(make(), dense=dense)
     compile_and_fit(model)
     if duplicate == "deepcopy":
         twin = copy.deepcopy(model)
@@ -177,15 +214,6 @@ def test_clones_train_too(make):
     compile_and_fit(model)
     compile_and_fit(clone)
     np.testing.assert_array_equal(models.weights(clone), models.weights(model))
-
-
-class Block(keras.layers.Layer):
-    def __init__(self):
-        super().__init__()
-        self.dense = keras.layers.Dense(5, activation="relu")
-
-    def call(self, inputs):
-        return self.dense(inputs)
 
 
 KINDS = {

@@ -14,6 +14,7 @@ from keras_vo.layers import LocalReparamDense
 
 layers = keras.layers
 REDUCTIONS = ["sum_over_batch_size", "sum", "mean", "mean_with_sample_weight"]
+REDUCTIONS += [None]
 BATCH = 5
 
 
@@ -45,7 +46,7 @@ def test_their_mean_is_the_loss(reduction, weighted, masked, positions):
         if positions or masked:
             weight = weight[:, None]
     y_pred = model(x)
-    want = model.compute_loss(x, y, y_pred, weight)
+    want = tf.reduce_mean(model.compute_loss(x, y, y_pred, weight))
     with per_example.by_example(model) as weights:
         losses = model.compute_loss(x, y, y_pred, weight)
     assert losses.shape == (BATCH,)
@@ -66,7 +67,7 @@ def test_their_mean_is_the_loss(reduction, weighted, masked, positions):
         )
     # Nothing is left behind.
     np.testing.assert_array_equal(
-        model.compute_loss(x, y, y_pred, weight), want
+        tf.reduce_mean(model.compute_loss(x, y, y_pred, weight)), want
     )
 
 
@@ -121,6 +122,28 @@ def test_several_outputs_with_weights():
     )
     first = models.fit(model, x, [x[:, :1], y], epochs=10)["loss"]
     assert first[-1] < first[0]
+
+
+def test_several_outputs_with_weights_of_examples():
+    x, y = models.make_data()
+    model = two_outputs()
+    rng = np.random.default_rng(0)
+    weight = [rng.uniform(size=len(x)).astype("float32") for _ in range(2)]
+    targets, y_pred = [x[:, :1], y], model(x)
+    want = model.compute_loss(x, targets, y_pred, weight)
+    with per_example.by_example(model) as weights:
+        losses = model.compute_loss(x, targets, y_pred, weight)
+    np.testing.assert_allclose(tf.reduce_mean(losses), want, rtol=1e-5)
+    np.testing.assert_allclose(weights, weight, rtol=1e-5)
+
+
+def test_losses_of_weights_that_cancel():
+    """Maximised and minimised: the layer learns all the same."""
+    x, y = models.make_data()
+    model = two_outputs(loss_weights=[-1.0, 1.0])
+    before = models.weights(model)
+    model.train_on_batch(x, [x[:, :1], y])
+    assert np.all(models.weights(model) != before)
 
 
 # --- weights of examples, in training ---
@@ -222,10 +245,12 @@ def make_own(cls, **compiling):
     return model
 
 
-@pytest.mark.parametrize("cls", [OwnLoss, SupersLoss])
-def test_an_overridden_compute_loss(cls):
+@pytest.mark.parametrize(
+    "cls, loss", [(OwnLoss, None), (OwnLoss, "mse"), (SupersLoss, "mse")]
+)
+def test_an_overridden_compute_loss(cls, loss):
     x, _ = models.make_data()
-    model = make_own(cls, **({} if cls is OwnLoss else {"loss": "mse"}))
+    model = make_own(cls, loss=loss)
     history = models.fit(model, x, x[:, :1], epochs=20)
     assert history["loss"][-1] < 0.5 * history["loss"][0]
 
@@ -235,6 +260,10 @@ def test_an_overridden_compute_loss(cls):
 
 def scalar_loss(y_true, y_pred):
     return tf.reduce_mean(tf.square(y_true - y_pred))
+
+
+def loss_of_classes(y_true, y_pred):
+    return tf.reduce_mean(tf.square(y_true - y_pred), axis=0)
 
 
 class AddsLoss(layers.Layer):
@@ -264,6 +293,7 @@ class Cell(layers.Layer):
 
 REFUSED = {
     "scalar loss": (lambda: [LR(1)], "value for each example.*scalar_loss"),
+    "classes": (lambda: [LR(1)], "which 'loss_of_classes' has not.*first axis"),
     "add_loss": (lambda: [AddsLoss(), LR(1)], "`add_loss`.*1 added"),
     "activity": (
         lambda: [layers.Dense(2, activity_regularizer="l2"), LR(1)],
@@ -281,10 +311,13 @@ REFUSED = {
 def test_what_has_no_value_for_each_example(name):
     make, message = REFUSED[name]
     x, _ = models.make_data()
-    loss = scalar_loss if name == "scalar loss" else "mse"
+    losses = {"scalar loss": scalar_loss, "classes": loss_of_classes}
+    loss = losses.get(name, "mse")
     model = models.make_model(make(), loss=loss)
     before = model.get_weights()
-    with pytest.raises(ValueError, match=f"(?s){message}.*"):
+    # `fit` knows the size of a batch, and so the shape of a loss, only then.
+    errors = (ValueError, tf.errors.InvalidArgumentError)
+    with pytest.raises(errors, match=f"(?s){message}.*"):
         models.fit(model, x, x[:, :1])
     models.assert_same_state(before, model.get_weights())
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import perturbation
+from keras_vo import local_reparameterization, perturbation
 from keras_vo.layers import LocalReparamDense, LowRankDense
 
 
@@ -75,16 +75,36 @@ def test_other_calls_than_those_of_the_mean_network(first, later):
         model.train_on_batch(x, x)
 
 
-def test_a_layer_that_is_called_twice():
-    """Each call has noise of its own; the gradients add up."""
-    inputs = keras.Input((4,))
-    keras.utils.set_random_seed(0)
-    layer = LocalReparamDense(4, activation="tanh")
-    model = keras_vo.VOModel(inputs, layer(layer(inputs)))
-    model.compile(optimizer=models.make_optimizer(), loss="mse")
-    x, _ = models.make_data()
-    history = models.fit(model, x, np.tanh(x), epochs=15)
-    assert history["loss"][-1] < 0.7 * history["loss"][0]
+@pytest.mark.parametrize("variance", ["layerwise", "separable"])
+def test_a_layer_that_is_called_twice(variance):
+    """Each call has noise of its own; the gradients add up.
+
+    They are those of two layers of equal weights, which have the same noise.
+    """
+
+    def changes(twice):
+        inputs = keras.Input((4,))
+        keras.utils.set_random_seed(0)
+        first, other = (
+            LocalReparamDense(4, activation="tanh", name=n) for n in "ab"
+        )
+        second = first if twice else other
+        model = keras_vo.VOModel(inputs, second(first(inputs)))
+        second.set_weights(first.get_weights())
+        optimizer = models.make_optimizer(
+            variance, inner_optimizer=keras.optimizers.SGD(1.0)
+        )
+        model.compile(optimizer=optimizer, loss="mse")
+        start = models.weights(model)
+        x, _ = models.make_data()
+        model.train_on_batch(x, np.tanh(x))
+        return models.weights(model) - start
+
+    one, two = changes(True), changes(False)
+    np.testing.assert_allclose(
+        one, two[: len(one)] + two[len(one) :], rtol=1e-4, atol=1e-6
+    )
+    assert np.abs(one).max() > 1e-4
 
 
 def test_one_kernel_of_two_kinds():
@@ -113,3 +133,76 @@ def test_what_does_not_depend_on_the_noise_is_taken_once():
     seen = []
     run(tf.ones([2]), tf.ones([2]))
     assert seen == [False, True, True]
+
+
+def test_the_first_layers_moments_are_computed_once(monkeypatch):
+    """A second layer's, whose inputs are perturbed, for both signs besides."""
+    kernels = []
+    variance = local_reparameterization.ActivationNoise.variance_of
+
+    def counted(self, inputs):
+        kernels.append(inputs.shape[-1])
+        return variance(self, inputs)
+
+    monkeypatch.setattr(
+        local_reparameterization.ActivationNoise, "variance_of", counted
+    )
+    model = models.make_model(
+        [LocalReparamDense(5, activation="relu"), LocalReparamDense(3)]
+    )
+    model.train_on_batch(*models.make_data())
+    # Each trace: a mean network, and two members of it.
+    assert kernels.count(5) == 3 * kernels.count(4) > 0
+
+
+class Maps(keras.layers.Layer):
+    """Calls its layer for one row after another, vectorized."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = LocalReparamDense(2)
+
+    def build(self, input_shape):
+        self.dense.build((None, 4))
+
+    def call(self, inputs):
+        return tf.vectorized_map(lambda row: self.dense(row[None])[0], inputs)
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], 2)
+
+
+def test_a_call_in_a_vectorized_loop():
+    model = models.make_model([Maps()], loss="mse")
+    x, _ = models.make_data()
+    with pytest.raises(ValueError, match="is called in a loop"):
+        model.train_on_batch(x, x[:, :2])
+
+
+class Autoencoder(keras_vo.VOTrainStep, keras.Model):
+    """Decodes in its loss."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.encoder = LowRankDense(2)
+        self.decoder = decoder
+        self.decoder.build((None, 2))
+
+    def call(self, inputs):
+        return self.encoder(inputs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return tf.reduce_mean(tf.square(self.decoder(y_pred) - x))
+
+
+def test_layers_that_only_the_loss_calls():
+    x, _ = models.make_data()
+    keras.utils.set_random_seed(0)
+    model = Autoencoder(LowRankDense(4))
+    model.compile(optimizer=models.make_optimizer())
+    history = models.fit(model, x, epochs=30)
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    model = Autoencoder(LocalReparamDense(4))
+    model.compile(optimizer=models.make_optimizer())
+    with pytest.raises(ValueError, match="call by `compute_loss`"):
+        model.train_on_batch(x)
