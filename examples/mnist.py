@@ -205,8 +205,8 @@ def make_model(steps):
 class Curve(keras.callbacks.Callback):
     """Test accuracy over seconds of training and over evaluations.
 
-    An evaluation is a forward pass of the network for one image. The time for
-    testing does not count.
+    An evaluation is a forward pass of a member for one image (that of the mean
+    network, for the log, is not counted). The time for testing does not count.
     """
 
     def __init__(self, x_test, y_test, every):

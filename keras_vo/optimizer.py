@@ -99,6 +99,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
             finite losses [N] to utilities [N] (higher for a higher loss).
+            For `LocalReparamDense` it is applied example by example.
         max_kl: bound, in nats, on the KL divergence between the search
             distributions before and after a step. A step beyond it, that of
             the inner optimizer included, is shrunk along its own direction.

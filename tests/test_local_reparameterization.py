@@ -104,10 +104,10 @@ def separable_sigma(model, rng):
     "first, antithetic, shaping, option",
     [
         *itertools.product(
-            [keras.layers.Dense, LocalReparamDense],
-            [True, False],
-            reference.SHAPINGS,
-            [None],
+            [LocalReparamDense], [True, False], reference.SHAPINGS, [None]
+        ),
+        *itertools.product(
+            [keras.layers.Dense], [True, False], ["identity", "nes"], [None]
         ),
         *itertools.product(
             [keras.layers.Dense, LocalReparamDense],

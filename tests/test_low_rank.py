@@ -79,9 +79,16 @@ def low_rank_model(loss, rank, units=OUT, inputs=IN, **kwargs):
     )
 
 
-@pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("variance", ["isotropic", "layerwise", "separable"])
-@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize(
+    "rank, variance, antithetic",
+    [
+        (1, "isotropic", True),
+        (1, "layerwise", False),
+        (1, "separable", True),
+        (4, "layerwise", True),
+        (4, "separable", False),
+    ],
+)
 def test_unbiased(rank, variance, antithetic):
     """A linear f for mu, a quadratic one for beta, in closed form.
 
@@ -89,7 +96,7 @@ def test_unbiased(rank, variance, antithetic):
     weight's own estimate is the mean of its row and of its column (A^2 does
     not differ between columns: the projection changes nothing). 60 steps of
     1024 members. A Student-t with 59 degrees of freedom is beyond 5 with a
-    probability of 6e-6: of 12 tests of 16 numbers, 1e-3.
+    probability of 6e-6: of 5 tests of 16 numbers, 5e-4.
     """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(BATCH, IN)), rng.normal(size=(BATCH, OUT))

@@ -224,7 +224,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("dense", KINDS)
-@pytest.mark.parametrize("make", [functional, sequential, subclassed, nested])
+@pytest.mark.parametrize("make", [functional, subclassed, nested])
 def test_dense_layers_become_another_kind_with_their_weights(make, dense):
     x, y = models.make_data()
     model = make()
