@@ -34,25 +34,25 @@ WEIGHT_SPACE = [
 ]
 CNN = ["--network=patches", "--units=64", "--shift=1"]
 ARMS = {
-    "weight space, N = 128": [
+    "weight space (N = 128)": [
         *WEIGHT_SPACE,
         "--dense=full",
         "--population_size=128",
         "--epochs=6",
     ],
-    "low rank, N = 256": [
+    "low rank (N = 256)": [
         *WEIGHT_SPACE,
         "--dense=low_rank",
         "--population_size=256",
         "--epochs=18",
     ],
-    "local reparameterization, N = 16": ["--epochs=60", "--shift=1"],
-    "local reparameterization, patches CNN": [
+    "local reparameterization (N = 16)": ["--epochs=60", "--shift=1"],
+    "local reparameterization: patches CNN": [
         *CNN,
         "--stddev=0.05",
         "--epochs=94",
     ],
-    "local reparameterization, frozen CNN": [
+    "local reparameterization: frozen CNN": [
         "--network=frozen",
         "--units=",
         "--epochs=40",
@@ -62,7 +62,7 @@ ARMS = {
         "--learning_rate=0.001",
         "--epochs=15",
     ],
-    "backpropagation, patches CNN": [
+    "backpropagation: patches CNN": [
         *CNN,
         "--backpropagation",
         "--learning_rate=0.001",
@@ -89,7 +89,9 @@ def run(name, arguments):
 
 
 def plot(curves, path):
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, panels = plt.subplots(
+        1, 2, figsize=(10, 5), sharey=True, layout="constrained"
+    )
     for name, points in curves.items():
         errors = [100 * (1 - point["accuracy"]) for point in points]
         for axes, key in zip(panels, ("seconds", "evaluations"), strict=True):
@@ -109,11 +111,11 @@ def plot(curves, path):
     panels[0].set_yticks([1, 2, 3, 5, 10, 20, 50], minor=False)
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_formatter("")
-    panels[1].legend(frameon=False, fontsize="small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
     for axes in panels:
         axes.grid(alpha=0.3, which="both")
     figure.suptitle("MNIST, MLP 784-128-10 but where it says CNN")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
