@@ -214,8 +214,8 @@ def handwritten_step(units, pairs, batch):
 
 
 def local():
-    """784-128-10, N = 16, |B| = 256: an epoch of 20 batches of `fit`."""
-    units, batch, batches = (784, 128, 10), 256, 20
+    """784-128-10, N = 16, |B| = 256: epochs of 100 batches of `fit`."""
+    units, batch, batches = (784, 128, 10), 256, 100
     x, y = make_batch(units, batch * batches)
     model = make_model(
         "local",
