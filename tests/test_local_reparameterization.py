@@ -413,7 +413,10 @@ def test_chunks_do_not_matter_in_fit(kwargs):
     "layer", [LocalReparamDense, LowRankDense, keras.layers.Dense]
 )
 def test_an_empty_batch_and_nan_in_fit_lose_nothing(layer):
-    """Only the batch before them changes the weights."""
+    """Only the batch before them changes the weights.
+
+    (By SGD: the empty one's gradient is 0, with which momentum would go on.)
+    """
     x, y = models.make_data(16)
     broken = np.full_like(x[:8], np.nan)
 
