@@ -114,6 +114,7 @@ class NoiseSource:
         size: number of the weights' noise d.
         dtype: dtype of the noise.
         activations: tensors of the shapes of the activations' noise.
+        first: index of the first draw.
         kept: the chunks of the weights' noise, if they are kept.
     """
 
@@ -122,13 +123,13 @@ class NoiseSource:
     size: int
     dtype: tf.DType
     activations: tuple[tf.Tensor, ...] = ()
+    first: int = 0
     kept: tf.TensorArray | None = None
 
     def chunk(self, index: tf.Tensor) -> Draws:
         """Noise of a chunk, [chunk, ...]: kept or drawn again."""
-        draws = tf.cast(index * self.plan.chunk, tf.int64) + tf.range(
-            tf.cast(self.plan.chunk, tf.int64)
-        )
+        start = self.first + tf.cast(index * self.plan.chunk, tf.int64)
+        draws = start + tf.range(tf.cast(self.plan.chunk, tf.int64))
         if self.kept is not None:
             weights = self.kept.read(index)
         else:

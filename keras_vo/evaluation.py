@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "Population",
     "evaluate_population",
+    "reduce_noise",
 ]
 
 
@@ -78,27 +79,66 @@ class Population:
                 to a sequence of tensors, sums over the chunk.
             weights: tensors [draws, ...], cut into the same chunks.
         """
-        plan = self.source.plan
-        missing = plan.chunks * plan.chunk - plan.draws
-        rows = [
-            tf.reshape(
-                tf.pad(w, [[0, missing]] + [[0, 0]] * (w.shape.rank - 1)),
-                tf.concat([[plan.chunks, plan.chunk], tf.shape(w)[1:]], 0),
-            )
-            for w in weights
-        ]
 
-        def add(index: tf.Tensor, *totals: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            draws = self.source.chunk(index)
+        def chunk(index: tf.Tensor, draws: Draws, *rows: tf.Tensor) -> Any:
             records = self.first[1]
             if tf.nest.flatten(records):
                 records = self.evaluate(index, draws).records
-            terms = function(draws, records, *(row[index] for row in rows))
-            sums = [a + b for a, b in zip(totals, terms, strict=True)]
-            return index + 1, *sums
+            return function(draws, records, *rows)
 
-        start = function(*self.first, *(row[0] for row in rows))
-        return _loop(plan, add, start)
+        return _sum_over_chunks(
+            self.source,
+            lambda rows: function(*self.first, *rows),
+            chunk,
+            weights,
+        )
+
+
+def reduce_noise(
+    source: NoiseSource,
+    function: Callable[..., Sequence[tf.Tensor]],
+    weights: Sequence[tf.Tensor],
+) -> Sequence[tf.Tensor]:
+    """Sums `function(draws, *weights)` over all chunks, which it draws.
+
+    Args:
+        source: the noise.
+        function: from the noise and the weights of a chunk to a sequence of
+            tensors, sums over the chunk.
+        weights: tensors [draws, ...], cut into the same chunks.
+    """
+    return _sum_over_chunks(
+        source,
+        lambda rows: function(source.chunk(tf.constant(0)), *rows),
+        lambda index, draws, *rows: function(draws, *rows),
+        weights,
+    )
+
+
+def _sum_over_chunks(
+    source: NoiseSource,
+    first: Callable[[list[tf.Tensor]], Sequence[tf.Tensor]],
+    others: Callable[..., Sequence[tf.Tensor]],
+    weights: Sequence[tf.Tensor],
+) -> Sequence[tf.Tensor]:
+    """The sum of `first(rows)` and of `others(index, draws, *rows)`."""
+    plan = source.plan
+    missing = plan.chunks * plan.chunk - plan.draws
+    rows = [
+        tf.reshape(
+            tf.pad(w, [[0, missing]] + [[0, 0]] * (w.shape.rank - 1)),
+            tf.concat([[plan.chunks, plan.chunk], tf.shape(w)[1:]], 0),
+        )
+        for w in weights
+    ]
+
+    def add(index: tf.Tensor, *totals: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        draws = source.chunk(index)
+        terms = others(index, draws, *(row[index] for row in rows))
+        sums = [a + b for a, b in zip(totals, terms, strict=True)]
+        return index + 1, *sums
+
+    return _loop(plan, add, first([row[0] for row in rows]))
 
 
 def evaluate_population(

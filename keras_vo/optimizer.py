@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -23,13 +24,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_vo import checks, estimators
+from keras_vo import checks, distribution, estimators
+from keras_vo import exchange as exchange_lib
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
 from keras_vo.chunks import ChunkPlan, NoiseSource
 from keras_vo.evaluation import Outcome, evaluate_population
 from keras_vo.perturbation import Recording
+from keras_vo.replicas import Share, shaped_where_evaluated, was_evaluated
 from keras_vo.spaces import SearchSpaces
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
@@ -55,8 +58,9 @@ class Generation(NamedTuple):
     """What one step of the search evaluated.
 
     Attributes:
-        losses: the members' losses [N], as evaluated. With antithetic
-            sampling, member n + N/2 mirrors member n.
+        losses: the members' losses [N], as evaluated; NaN for a member whose
+            replica had no examples. With antithetic sampling, member n + N/2
+            mirrors member n.
         mean_loss: their mean, a scalar: an estimate of the upper bound
             U [1, eq. 6]. Non-finite losses are left out; NaN if all are.
         nonfinite_members: how many losses were not finite, int32.
@@ -99,7 +103,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
             finite losses [N] to utilities [N] (higher for a higher loss).
-            For `LocalReparamDense` it is applied example by example.
+            For `LocalReparamDense` it is applied example by example, to the
+            members that the example's replica evaluates.
         max_kl: bound, in nats, on the KL divergence between the search
             distributions before and after a step. A step beyond it, that of
             the inner optimizer included, is shrunk along its own direction.
@@ -117,6 +122,12 @@ class VOOptimizer(keras.optimizers.Optimizer):
             perturbed activations are evaluated once, otherwise twice. At
             least one member's weights must exist, so a model larger than the
             budget goes beyond it. Other activations come on top.
+        exchange: what replicas of a tf.distribute strategy exchange.
+            `"fitness"`: the losses only; each machine draws all noise and
+            sums the gradient itself. `"gradient"`: the losses, and the
+            gradients that replicas sum over their own members. `"auto"`: what
+            `keras_vo.exchange.CostModel` finds cheaper. `LocalReparamDense`
+            layers exchange their gradient in any case.
         name: name of the optimizer.
 
     Raises:
@@ -145,6 +156,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         seed: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int = 2**29,
+        exchange: str = "auto",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -156,6 +168,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = _checked_inner(inner_optimizer, max_kl)
+        distribution.take_gradients_as_they_are(self.inner_optimizer)
         self.population_size = checks.checked_size(population_size, antithetic)
         self.search_distribution = distribution_lib.get(search_distribution)
         self.natural_gradient = bool(natural_gradient)
@@ -172,6 +185,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
         self.memory_budget = checks.checked_integer(
             "memory_budget", memory_budget
         )
+        self.exchange = exchange_lib.checked_exchange(exchange)
+        self._strategy = distribution.current_strategy()
 
     # --- state ---
 
@@ -182,7 +197,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
             variables: the trainable variables, mu.
 
         Raises:
-            ValueError: there are none, or one of them is not floating.
+            ValueError: there are none, one of them is not floating, or they
+                and the optimizer are made under different strategies.
         """
         if self.built:
             return
@@ -191,10 +207,17 @@ class VOOptimizer(keras.optimizers.Optimizer):
         self._layout = self.search_distribution.layout(variables)
         self._variable_ids = tuple(id(v) for v in variables)
         self._variable_names = tuple(checks.variable_name(v) for v in variables)
+        distribution.check_created_in_scope(
+            [self.generations, self.iterations, *variables]
+        )
         self.inner_optimizer.build(variables)
-        self._seed = self.add_variable((), dtype="int64", name="seed")
-        self._seed.assign(
-            random.randint(0, 2**31 - 1) if self.seed is None else self.seed
+        seed = random.randint(0, 2**31 - 1) if self.seed is None else self.seed
+        # By an initializer: several machines then all have that of the first.
+        self._seed = self.add_variable(
+            (),
+            initializer=lambda shape, dtype: tf.constant(seed, dtype),
+            dtype="int64",
+            name="seed",
         )
         self._log_variance = self.add_variable(
             (len(self._layout.group_sizes),),
@@ -270,6 +293,11 @@ class VOOptimizer(keras.optimizers.Optimizer):
         values, so that it may be any Python code. Called in a `tf.function`,
         it is compiled and vectorized over the population, which is fast.
 
+        If the optimizer is made under `strategy.scope()`, each replica
+        evaluates its share of the population, whether this is called in or
+        outside of the scope, or in each replica by `strategy.run` (after
+        `build`).
+
         Args:
             objective: from a list of weight tensors, shaped like `variables`,
                 to a scalar loss.
@@ -284,7 +312,12 @@ class VOOptimizer(keras.optimizers.Optimizer):
             ValueError: no variables, others than before, or an objective
                 whose value is not a scalar.
         """
-        return self.step(objective, variables).mean_loss
+        variables = list(variables)
+        with distribution.entered(self._strategy):
+            self._build_outside_of_replicas(variables)
+            return distribution.on_each_replica(
+                lambda: self.step(objective, variables).mean_loss
+            )
 
     def step(
         self,
@@ -293,6 +326,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         jit_compile: bool = False,
         recording: Recording | None = None,
         example_weights: Any = 1.0,
+        batch_size: tf.Tensor | None = None,
     ) -> Generation:
         """Evaluates one generation and updates mu and sigma.
 
@@ -310,15 +344,14 @@ class VOOptimizer(keras.optimizers.Optimizer):
             example_weights: what the examples' losses are weighted with,
                 [batch]. Losses are shaped without it and utilities weighted
                 with it: ranks know no weights.
+            batch_size: number of examples that this replica has; 0: its
+                members count for nothing. `None`: not a matter of examples.
 
         Returns:
             The evaluated generation.
         """
         variables = list(variables)
-        self._check_strategy()
-        if not self.built:
-            with tf.init_scope():
-                self.build(variables)
+        self._build_outside_of_replicas(variables)
         self._check_same(variables)
         layout = self._layout
         log_variance = tf.convert_to_tensor(self._log_variance)
@@ -342,49 +375,129 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 (tf.cast(examples, layout.dtype),),
             )
 
+        replicas = distribution.current_replicas()
+        share = self._share(replicas, recording)
+        source = self._noise_source(spaces, share)
         population = evaluate_population(
             spaces.member(outcome),
-            self._noise_source(spaces),
+            source,
             (1.0, -1.0) if self.antithetic else (1.0,),
             jit_compile=jit_compile,
         )
-        losses = population.losses
+        losses, utilities, evaluated = self._judged(
+            population.losses, batch_size, share, replicas
+        )
+        mean_gradient, log_variance_gradient = spaces.gradients(
+            population,
+            utilities,
+            [
+                self._example_utilities(examples, example_weights)
+                for examples in population.examples
+            ],
+            self._signs,
+            share,
+            replicas,
+            self._whole_noise(spaces, source, share, replicas),
+        )
+        if self.natural_gradient:
+            mean_gradient = estimators.natural_mean_gradient(
+                mean_gradient, self._stddev(log_variance)
+            )
+            log_variance_gradient = estimators.natural_log_variance_gradient(
+                log_variance_gradient, layout
+            )
         finite = tf.math.is_finite(losses)
 
-        def update() -> tf.Tensor:
-            mean_gradient, log_variance_gradient = spaces.gradients(
-                population,
-                self._shape_fitness(losses),
-                [
-                    self._example_utilities(examples, example_weights)
-                    for examples in population.examples
-                ],
-                self.antithetic,
-            )
-            if self.natural_gradient:
-                mean_gradient = estimators.natural_mean_gradient(
-                    mean_gradient, self._stddev(log_variance)
-                )
-                log_variance_gradient = (
-                    estimators.natural_log_variance_gradient(
-                        log_variance_gradient, layout
-                    )
-                )
-            self._update(
-                variables,
-                mean,
-                log_variance,
-                layout.unflatten(mean_gradient),
-                log_variance_gradient,
-            )
-            return tf.constant(True)
-
-        tf.cond(tf.reduce_any(finite), update, lambda: tf.constant(False))
+        self._update_where(
+            tf.reduce_any(finite),
+            variables,
+            mean,
+            log_variance,
+            layout.unflatten(mean_gradient),
+            log_variance_gradient,
+        )
         self.assign_add(self.generations, 1)
         return Generation(
             losses,
             tf.reduce_mean(tf.boolean_mask(losses, finite)),
-            tf.math.count_nonzero(~finite, dtype=tf.int32),
+            tf.math.count_nonzero(evaluated & ~finite, dtype=tf.int32),
+        )
+
+    @property
+    def _signs(self) -> int:
+        """Members of a draw."""
+        return 2 if self.antithetic else 1
+
+    def _share(
+        self, replicas: distribution.Replicas, recording: Recording
+    ) -> Share:
+        """Which draws the current replica evaluates."""
+        draws = self.population_size // self._signs
+        if recording.sites and draws // replicas.count * self._signs < 2:
+            raise ValueError(
+                "LocalReparamDense compares the members that see the same "
+                "examples. Expected: a population_size of "
+                f"{2 * replicas.count} or more, two for each replica. "
+                f"Received: population_size={self.population_size} on "
+                f"{replicas.count} replicas"
+            )
+        return Share.make(draws, replicas.index, replicas.count)
+
+    def _judged(
+        self,
+        losses: tf.Tensor,
+        batch_size: tf.Tensor | None,
+        share: Share,
+        replicas: distribution.Replicas,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """From this replica's losses to those of all members, their
+        utilities, and which of them were evaluated, [N] each.
+        """
+        if replicas.count == 1:
+            return (
+                losses,
+                self._shape_fitness(losses),
+                tf.ones_like(losses, tf.bool),
+            )
+        some = True if batch_size is None else batch_size > 0
+        (losses,) = replicas.sum([share.place(losses, some)])
+        evaluated = was_evaluated(losses)
+        utilities = shaped_where_evaluated(
+            self._shape_fitness, losses, evaluated, self._signs
+        )
+        return tf.where(evaluated, losses, math.nan), utilities, evaluated
+
+    def _whole_noise(
+        self,
+        spaces: SearchSpaces,
+        source: NoiseSource,
+        share: Share,
+        replicas: distribution.Replicas,
+    ) -> NoiseSource | None:
+        """All draws' noise, to sum it here; `None`: each replica sums its own.
+
+        Noise of activations belongs to the replica that has the examples.
+        """
+        if replicas.count == 1:
+            return None
+        exchange = self.exchange
+        if exchange == "auto":
+            costs = exchange_lib.cost_model(
+                distribution.is_multi_worker(distribution.current_strategy())
+            )
+            exchange = costs.cheaper(
+                share.draws,
+                spaces.noise_size,
+                spaces.gradient_size,
+                replicas.count,
+            )
+        if exchange == "gradient":
+            return None
+        return dataclasses.replace(
+            source,
+            plan=self._chunk_plan(spaces, share.draws, 0),
+            first=0,
+            activations=(),
         )
 
     def _example_utilities(self, losses: tf.Tensor, weights: Any) -> tf.Tensor:
@@ -397,24 +510,52 @@ class VOOptimizer(keras.optimizers.Optimizer):
     def _stddev(self, log_variance: tf.Tensor) -> tf.Tensor:
         return self._layout.expand(tf.exp(0.5 * log_variance))
 
-    def _noise_source(self, spaces: SearchSpaces) -> NoiseSource:
-        members = 2 if self.antithetic else 1
-        dtype = self._layout.dtype
-        plan = ChunkPlan.make(
-            self.population_size // members,
-            members,
-            spaces.noise_size * dtype.size,
-            self.memory_budget,
-            self.chunk_size,
-            spaces.activation_bytes(members),
-        )
+    def _noise_source(self, spaces: SearchSpaces, share: Share) -> NoiseSource:
         seed = noise_lib.generation_seed(
             tf.convert_to_tensor(self._seed),
             tf.convert_to_tensor(self.generations),
         )
         return NoiseSource(
-            plan, seed, spaces.noise_size, dtype, spaces.activations
+            self._chunk_plan(
+                spaces, share.size, spaces.activation_bytes(self._signs)
+            ),
+            seed,
+            spaces.noise_size,
+            self._layout.dtype,
+            spaces.activations,
+            share.start,
         )
+
+    def _chunk_plan(
+        self, spaces: SearchSpaces, draws: int, activation_bytes: Any
+    ) -> ChunkPlan:
+        return ChunkPlan.make(
+            draws,
+            self._signs,
+            spaces.noise_size * self._layout.dtype.size,
+            self.memory_budget,
+            self.chunk_size,
+            activation_bytes,
+        )
+
+    def _update_where(
+        self, condition: tf.Tensor, variables: list[Any], *step: Any
+    ) -> None:
+        """`_update`, or nothing; replicas can't take turns in a branch."""
+        if not distribution.in_replica():
+
+            def update() -> tf.Tensor:
+                self._update(variables, *step)
+                return tf.constant(True)
+
+            tf.cond(condition, update, lambda: tf.constant(False))
+            return
+        changed = [*variables, *self.inner_optimizer.variables]
+        changed.append(self._log_variance)
+        before = [tf.identity(v) for v in changed]
+        self._update(variables, *step)
+        for variable, value in zip(changed, before, strict=True):
+            self.assign(variable, tf.where(condition, variable, value))
 
     def _update(
         self,
@@ -447,14 +588,9 @@ class VOOptimizer(keras.optimizers.Optimizer):
             layout.dtype,
         )
         self.assign(self._log_variance, log_variance + share * log_change)
-
-        def shrink() -> tf.Tensor:
-            shrunk = layout.unflatten(mean + share * mean_change)
-            for variable, value in zip(variables, shrunk, strict=True):
-                self.assign(variable, value)
-            return tf.constant(True)
-
-        tf.cond(share < 1, shrink, lambda: tf.constant(False))
+        shrunk = layout.unflatten(mean + share * mean_change)
+        for variable, value in zip(variables, shrunk, strict=True):
+            self.assign(variable, tf.where(share < 1, value, variable))
 
     # --- checks ---
 
@@ -466,14 +602,17 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 "Received: an optimizer that is not built"
             )
 
-    def _check_strategy(self) -> None:
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
+    def _build_outside_of_replicas(self, variables: list[Any]) -> None:
+        if self.built:
+            return
+        if distribution.in_replica():
             raise ValueError(
-                "VOOptimizer expects a single replica: training under a "
-                "tf.distribute strategy of several is not supported yet. "
-                f"Received: a strategy with {replicas} replicas"
+                "Expected a VOOptimizer that is built before a strategy runs "
+                "it: call `build(variables)` first. Received: an optimizer "
+                "that is not built, in a replica"
             )
+        with tf.init_scope():
+            self.build(variables)
 
     def _check_same(self, variables: list[Any]) -> None:
         if tuple(id(v) for v in variables) != self._variable_ids:
@@ -533,6 +672,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "memory_budget": self.memory_budget,
+            "exchange": self.exchange,
         }
 
     @classmethod

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_vo import estimators
-from keras_vo.chunks import Draws
-from keras_vo.evaluation import Outcome, Population
+from keras_vo.chunks import Draws, NoiseSource
+from keras_vo.distribution import Replicas
+from keras_vo.evaluation import Outcome, Population, reduce_noise
 from keras_vo.layout import WeightLayout
 from keras_vo.local_reparameterization import ActivationNoise
 from keras_vo.low_rank import KernelNoise
 from keras_vo.perturbation import Evaluation, Recording, entered
+from keras_vo.replicas import Share
 
 __all__ = ["SearchSpaces"]
 
@@ -120,6 +122,12 @@ class SearchSpaces:
         return sum(self._noise_sizes())
 
     @property
+    def gradient_size(self) -> int:
+        """Numbers that replicas add up if each sums over its own noise."""
+        layout = self._layout
+        return layout.size + (len(layout.group_sizes) if self._adapts else 0)
+
+    @property
     def activations(self) -> tuple[tf.Tensor, ...]:
         """Tensors of the shapes of a draw's further noise."""
         return tuple(site.outputs for site in self._recording.sites)
@@ -189,50 +197,87 @@ class SearchSpaces:
         population: Population,
         utilities: tf.Tensor,
         example_utilities: Sequence[tf.Tensor],
-        antithetic: bool,
+        signs: int,
+        share: Share,
+        replicas: Replicas,
+        whole: NoiseSource | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Gradients of U for mu [d] and for beta [groups], 0 if it is fixed.
 
         Args:
-            population: the evaluated population.
-            utilities: of the members, [N].
-            example_utilities: empty, or those of their examples, [N, batch].
-            antithetic: whether members n and n + N/2 are a pair.
+            population: the members that this replica has evaluated.
+            utilities: of all members, [N], all of the first sign first.
+            example_utilities: empty, or those of this replica's members on
+                its examples, [signs share.size, batch].
+            signs: members of a draw, 1 or 2.
+            share: which draws this replica has.
+            replicas: whose sums are added up.
+            whole: the noise of all draws, to sum that of the weights here;
+                `None`: each replica sums over its own, and these are added.
         """
-
-        def sums(
-            draws: Draws, records: Any, odd: Any, even: Any, *examples: Any
-        ) -> list[tf.Tensor]:
-            full, *factors = self._split(draws.weights)
-            terms = [estimators.weighted_noise(full, odd)]
-            if self._adapts:
-                terms.append(
-                    estimators.weighted_excess(full, even, self._full_layout)
-                )
-            for noise, part in zip(
-                self._low_rank.values(), factors, strict=True
-            ):
-                terms.append(noise.mean_sums(part, odd))
-                if self._adapts:
-                    terms.append(noise.log_variance_sums(part, even))
-            for (_, local), xi, record in zip(
-                self._local, draws.activations, records, strict=True
-            ):
-                terms += local.sums(xi, record, *examples)
-            return terms
-
-        weights = list(estimators.pair_utilities(utilities, antithetic))
-        weights += [
-            tf.stack(tf.split(by_example, 2 if antithetic else 1), axis=1)
+        pairs = list(estimators.pair_utilities(utilities, signs == 2))
+        own = [
+            tf.stack(tf.split(by_example, signs), axis=1)
             for by_example in example_utilities  # [draws, signs, batch]
         ]
-        totals = iter(population.reduce(sums, weights))
+        if not share.counts:
+            own = [tf.zeros_like(u) for u in own]
+        # How many members were evaluated on how many examples, in all.
+        examples = [
+            tf.cast(share.counts * tf.size(u), utilities.dtype) for u in own
+        ]
+        if whole is None:
+            weights = [*map(share.take, pairs), *own]
+            sums = population.reduce(self._sums, weights)
+            totals = replicas.sum([*sums, *examples])
+        else:
+            totals = list(reduce_noise(whole, self._weight_sums, pairs))
+            if own:
+                sums = population.reduce(self._local_sums, own)
+                totals += replicas.sum([*sums, *examples])
+        count = totals.pop() if own else None
         size = utilities.shape[0]
-        examples = size * sum(tf.shape(u)[1] for u in example_utilities)
-        return self._collect(self._each(totals, size, examples))
+        return self._collect(self._each(iter(totals), size, count))
+
+    def _sums(
+        self, draws: Draws, records: Any, odd: Any, even: Any, *examples: Any
+    ) -> list[tf.Tensor]:
+        """Sums over a chunk: of all kinds of noise."""
+        return [
+            *self._weight_sums(draws, odd, even),
+            *self._local_sums(draws, records, *examples),
+        ]
+
+    def _weight_sums(
+        self, draws: Draws, odd: tf.Tensor, even: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Sums over a chunk: of the noise of weights."""
+        full, *factors = self._split(draws.weights)
+        terms = [estimators.weighted_noise(full, odd)]
+        if self._adapts:
+            terms.append(
+                estimators.weighted_excess(full, even, self._full_layout)
+            )
+        for noise, part in zip(self._low_rank.values(), factors, strict=True):
+            terms.append(noise.mean_sums(part, odd))
+            if self._adapts:
+                terms.append(noise.log_variance_sums(part, even))
+        return terms
+
+    def _local_sums(
+        self, draws: Draws, records: Any, *examples: Any
+    ) -> list[tf.Tensor]:
+        """Sums over a chunk: of the noise of activations."""
+        return [
+            term
+            for (_, local), xi, record in zip(
+                self._local, draws.activations, records, strict=True
+            )
+            for term in local.sums(xi, record, *examples)
+        ]
 
     def _each(
-        self, totals: Iterator[tf.Tensor], size: int, examples: Any
+        self, totals: Iterator[tf.Tensor], size: int, examples: tf.Tensor | None
     ) -> Iterator[_Gradient]:
         """The gradients of single variables from the sums, in their order."""
 
@@ -257,9 +302,7 @@ class SearchSpaces:
             mean = estimators.mean_gradient(next(totals), stddev, size)
             yield _Gradient(i, mean, log_variance())
         for weights, _ in self._local:
-            scale = tf.math.reciprocal_no_nan(
-                tf.cast(examples, self._layout.dtype)
-            )
+            scale = tf.math.reciprocal_no_nan(examples)
             for i in weights:
                 mean = scale * next(totals)
                 beta = scale * next(totals) if self._adapts else None

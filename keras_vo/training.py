@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_vo import noise, per_example
+from keras_vo import distribution, noise, per_example
 from keras_vo.layers import as_dense
 from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
 from keras_vo.perturbation import Recording, entered
+from keras_vo.replicated_model import ReplicatedModel
 
 __all__ = ["VOTrainStep"]
 
-if TYPE_CHECKING:  # what the mixin is mixed into is as untyped as Keras
-    from typing import Any as _KerasModel
-else:
-    _KerasModel = object
+
+class _OfFirstReplica:
+    """Metrics of values that are the same in all replicas."""
+
+    def add_variable(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["aggregation"] = "only_first_replica"  # not their sum
+        return super().add_variable(*args, **kwargs)  # type: ignore[misc]
+
+
+class _PopulationMean(_OfFirstReplica, keras.metrics.Mean):
+    pass
+
+
+class _PopulationSum(_OfFirstReplica, keras.metrics.Sum):
+    pass
 
 
 class _PopulationMetrics:
@@ -34,8 +46,8 @@ class _PopulationMetrics:
     """
 
     def __init__(self) -> None:
-        self.loss = keras.metrics.Mean(name="population_loss")
-        self.nonfinite = keras.metrics.Sum(name="nonfinite_members")
+        self.loss = _PopulationMean(name="population_loss")
+        self.nonfinite = _PopulationSum(name="nonfinite_members")
 
     def update(self, generation: Generation) -> None:
         any_finite = tf.math.is_finite(generation.mean_loss)
@@ -49,7 +61,7 @@ class _PopulationMetrics:
         return [self.loss, self.nonfinite]
 
 
-class VOTrainStep(_KerasModel):
+class VOTrainStep(ReplicatedModel):
     """Mixin that trains a Keras model with a `VOOptimizer`.
 
     Put it before the Keras class:
@@ -61,6 +73,10 @@ class VOTrainStep(_KerasModel):
     (the model as it stands), `population_loss`, the mean loss of the perturbed
     members, and `nonfinite_members`, how many members' losses were not finite
     since the epoch began.
+
+    Under a tf.distribute strategy each replica evaluates its share of the
+    population on its shard of the batch. Make the model, the optimizer and its
+    inner optimizer under `strategy.scope()`.
 
     Each member's loss is that of `compute_loss` with all of its terms
     (regularizers, `add_loss`) at the member's weights and `training=True`.
@@ -98,6 +114,7 @@ class VOTrainStep(_KerasModel):
             recording.end_of_call()
             loss = self._training_loss(x, y, y_pred, sample_weight)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
+        batch_size = tf.shape(inputs[0])[0]
         example_weights: Any = 1.0
         if recording.sites:
             some_input = tf.convert_to_tensor(inputs[0])
@@ -126,13 +143,12 @@ class VOTrainStep(_KerasModel):
             self.jit_compile,
             recording,
             example_weights,
+            batch_size,
         )
         self._population_metrics.update(generation)
         # After the step, which refuses a loss that is not a scalar.
         # Not the metric called "loss": the user may have one of that name.
-        self._loss_tracker.update_state(
-            loss, sample_weight=tf.shape(inputs[0])[0]
-        )
+        self._loss_tracker.update_state(loss, sample_weight=batch_size)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def test_step(self, data: Any) -> Any:
@@ -195,7 +211,7 @@ class VOTrainStep(_KerasModel):
     def _population_metrics(self) -> _PopulationMetrics:
         # Created on demand: make_variational() runs no constructor.
         if "_population_metrics_holder" not in self.__dict__:
-            with tf.init_scope():
+            with tf.init_scope(), distribution.entered(self.made_under):
                 self._population_metrics_holder = _PopulationMetrics()
         return self._population_metrics_holder
 
@@ -239,9 +255,12 @@ class VOTrainStep(_KerasModel):
         kwargs = {}
         if "training" in inspect.signature(self.compute_loss).parameters:
             kwargs["training"] = True
-        return self.compute_loss(
+        loss = self.compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
         )
+        # Keras has divided it, for a sum over replicas.
+        replicas = distribution.current_replicas().count
+        return loss if replicas == 1 or loss is None else loss * replicas
 
     def _example_losses(
         self, *data: Any, inputs: tf.Tensor | None = None

@@ -1,0 +1,165 @@
+"""Replicas of a tf.distribute strategy: the only module that calls it.
+
+A training step runs once in each replica. Losses, and gradients where they
+are exchanged, are summed over replicas; all else each replica computes for
+itself from the same numbers, so that all hold the same bits afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_vo import checks
+
+__all__ = [
+    "Replicas",
+    "check_created_in_scope",
+    "current_replicas",
+    "current_strategy",
+    "entered",
+    "first_local",
+    "in_replica",
+    "is_multi_worker",
+    "on_each_replica",
+    "take_gradients_as_they_are",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicas:
+    """The replicas in sync, as one of them sees them.
+
+    Attributes:
+        index: of this one.
+        count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Sums over replicas, in one message; of one dtype."""
+        tensors = list(tensors)
+        if self.count == 1 or not tensors:
+            return tensors
+        flat = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
+        total = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM, flat
+        )
+        parts = tf.split(total, [tf.size(t) for t in tensors])
+        return [
+            tf.ensure_shape(tf.reshape(part, tf.shape(t)), t.shape)
+            for part, t in zip(parts, tensors, strict=True)
+        ]
+
+
+def current_strategy() -> Any:
+    """The strategy in whose scope or replica this is called; `None` if none.
+
+    Raises:
+        NotImplementedError: it is one that keras_vo does not work with.
+    """
+    if not tf.distribute.has_strategy():
+        return None
+    strategy = tf.distribute.get_strategy()
+    unsupported = {
+        "TPUStrategy": tf.distribute.TPUStrategy,
+        "ParameterServerStrategy": tf.distribute.ParameterServerStrategy,
+        "CentralStorageStrategy": (
+            tf.distribute.experimental.CentralStorageStrategy
+        ),
+    }
+    for name, kind in unsupported.items():
+        if isinstance(strategy, kind):
+            raise NotImplementedError(
+                "keras_vo evaluates its population on replicas that each hold "
+                "all weights. Expected: tf.distribute.MirroredStrategy (one "
+                "machine) or tf.distribute.MultiWorkerMirroredStrategy "
+                f"(several). Received: {name}"
+            )
+    return strategy
+
+
+def current_replicas() -> Replicas:
+    """Which replica this is called in; the only one, outside of strategies."""
+    context = tf.distribute.get_replica_context()
+    if context is None or not tf.distribute.has_strategy():
+        return Replicas()
+    index = tf.get_static_value(context.replica_id_in_sync_group)
+    return Replicas(int(index), context.num_replicas_in_sync)
+
+
+def is_multi_worker(strategy: Any) -> bool:
+    """Whether replicas are in several processes, with a network between."""
+    return isinstance(
+        strategy, tf.distribute.MultiWorkerMirroredStrategy
+    ) and bool(strategy.cluster_resolver.cluster_spec().as_dict())
+
+
+def check_created_in_scope(variables: Sequence[Any]) -> None:
+    """Raises unless each replica of the current strategy has the variables.
+
+    Args:
+        variables: Keras or TensorFlow variables.
+    """
+    strategy = current_strategy()
+    if strategy is None:
+        return
+    for variable in variables:
+        if not strategy.extended.variable_created_in_scope(
+            variable.value if isinstance(variable, keras.Variable) else variable
+        ):
+            raise ValueError(
+                "Expected a model, a VOOptimizer and its inner optimizer that "
+                "are made under `strategy.scope()`. Received: "
+                f"{checks.variable_name(variable)!r}, which was made outside "
+                f"of the scope of the {type(strategy).__name__}"
+            )
+
+
+def in_replica() -> bool:
+    """Whether this is called in a replica of a strategy."""
+    return bool(
+        tf.distribute.has_strategy()
+        and not tf.distribute.in_cross_replica_context()
+    )
+
+
+def entered(strategy: Any) -> Any:
+    """The scope of the strategy, or nothing to enter if it is entered."""
+    if strategy is None or strategy is tf.distribute.get_strategy():
+        return contextlib.nullcontext()
+    return strategy.scope()
+
+
+def on_each_replica(function: Callable[[], Any]) -> Any:
+    """`function()` in each replica; what the first one here returns.
+
+    Called in a replica, or where there is no strategy, it is called plainly.
+    """
+    if not tf.distribute.in_cross_replica_context():
+        return function()
+    return first_local(current_strategy().run(function))
+
+
+def first_local(values: Any, strategy: Any = None) -> Any:
+    """A structure of values, those of the first replica of this machine."""
+    strategy = strategy or tf.distribute.get_strategy()
+    return keras.tree.map_structure(
+        lambda value: strategy.experimental_local_results(value)[0], values
+    )
+
+
+def take_gradients_as_they_are(optimizer: Any) -> None:
+    """Lets a Keras optimizer apply gradients without summing over replicas.
+
+    In a replica it would add up those of all replicas, though each has the
+    whole gradient. Private, since Keras offers no way around the sum.
+    """
+    optimizer._all_reduce_sum_gradients = list
