@@ -7,11 +7,18 @@ ways that are made for neither (keras#20585).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import hashlib
+import inspect
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_vo import distribution
@@ -27,12 +34,126 @@ else:
 class ReplicatedModel(_KerasModel):
     """Mixin: `fit`, `evaluate` and `predict` under tf.distribute."""
 
+    train_function: Any  # Keras's attribute
+    steps_per_execution: int  # Keras's attribute
+
     @property
     def made_under(self) -> Any:
         """The strategy that the model was made under; `None`: no one."""
         strategy = self.distribute_strategy
         with distribution.entered(strategy):
             return distribution.current_strategy()
+
+    _evaluating = False
+    _facts: dict[str, Any] | None = None
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras.
+
+        On several machines, workers that differ in the search, the weights or
+        the number of steps are an error before the first step, and so is,
+        within seconds, the loss of a worker.
+
+        Raises:
+            ValueError: workers differ.
+            RuntimeError: a worker was lost.
+        """
+        strategy = self.made_under
+        if not distribution.is_multi_worker(strategy):
+            return super().fit(*args, **kwargs)
+        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        self._facts = {"epochs": given.get("epochs", 1)}
+        callbacks = _as_list(given.get("callbacks"))
+        _make_directories(callbacks)
+        backups = [
+            callback
+            for callback in callbacks
+            if isinstance(callback, keras.callbacks.BackupAndRestore)
+        ]
+        with distribution.lost_workers_explained(strategy):
+            with _kept(backups):
+                history = super().fit(*args, **kwargs)
+            # Not before all have written their last backup.
+            distribution.wait_for_workers(strategy)
+        for backup in backups:
+            if backup.delete_checkpoint:
+                shutil.rmtree(backup.backup_dir, ignore_errors=True)
+        return history
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras."""
+        self._evaluating = True
+        try:
+            with distribution.lost_workers_explained(self.made_under):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As in Keras; several workers are compared before the first step."""
+        before = self.train_function
+        super().make_train_function(force)
+        function = self.train_function
+        if function is before or not distribution.is_multi_worker(
+            self.made_under
+        ):
+            return function
+
+        def compared(iterator: Any) -> Any:
+            if self._facts is not None:
+                facts, self._facts = self._facts, None
+                distribution.compare_workers(
+                    self.made_under, facts | self._facts_of_the_search()
+                )
+            return function(iterator)
+
+        self.train_function = compared
+        return compared
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; all workers may save to the same place."""
+        with self._replaced(filepath) as path:
+            return super().save(path, *args, **kwargs)
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; all workers may save to the same place."""
+        with self._replaced(filepath) as path:
+            return super().save_weights(path, *args, **kwargs)
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; of several workers, only the first writes."""
+        if distribution.is_first_worker(self.made_under):
+            return super().export(*args, **kwargs)
+        return None
+
+    @contextlib.contextmanager
+    def _replaced(self, filepath: Any) -> Iterator[Any]:
+        """A file to write, which then is put into the place of `filepath`.
+
+        Workers may share the file system or not: each writes its own file, the
+        same as the others', and never leaves half of one.
+        """
+        strategy = self.made_under
+        if not distribution.is_multi_worker(strategy) or "://" in str(filepath):
+            yield filepath
+            return
+        target = pathlib.Path(filepath)
+        written = target.with_name(
+            f"{distribution.worker_name(strategy)}-{target.name}"
+        )
+        yield str(written)
+        os.replace(written, target)
+
+    def _facts_of_the_search(self) -> dict[str, Any]:
+        """What has to be the same on all workers, by name."""
+        return {
+            "initial_epoch": self._initial_epoch,
+            "steps_per_execution": self.steps_per_execution,
+            "weights": [list(v.shape) for v in self.weights],
+            "values of weights": _digest(self.weights),
+            "state of the search": _digest(self.optimizer.variables),
+            **self.optimizer.get_config(),
+        }
 
     def _maybe_symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
@@ -43,6 +164,8 @@ class ReplicatedModel(_KerasModel):
         use. Keras takes the mean of the batch over replicas, which fails
         unless all shards are of one size, and on several machines.
         """
+        if iterator is not None and self._facts is not None:
+            self._facts.setdefault("steps_per_epoch", iterator.num_batches)
         if iterator is not None and self.made_under is not None:
             for _, _, batches in iterator:
                 data_batch = distribution.first_local(
@@ -57,11 +180,67 @@ class ReplicatedModel(_KerasModel):
 
         Private, since the public functions around it would have to be written
         anew. On several machines Keras takes the mean of a step's results over
-        their first axis: numbers get one.
+        their first axis: numbers get one. Sums over replicas can't be in the
+        loop in which Keras takes `steps_per_execution` steps (keras#19246):
+        they are taken one after another.
         """
+        if self.made_under is None:
+            return super()._make_function(step)
         if distribution.is_multi_worker(self.made_under):
             step = _with_first_axis(step)
-        return super()._make_function(step)
+        one_step = super()._make_function(step)
+
+        def function(iterator: Any) -> Any:
+            steps, self.steps_per_execution = self.steps_per_execution, 1
+            outputs = None
+            try:
+                for _ in range(steps):
+                    outputs = one_step(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if outputs is None:
+                    raise
+            finally:
+                self.steps_per_execution = steps
+            return outputs
+
+        return function
+
+
+@contextlib.contextmanager
+def _kept(backups: list[Any]) -> Iterator[None]:
+    """Lets callbacks leave their backups, which workers may share."""
+    delete = [backup.delete_checkpoint for backup in backups]
+    for backup in backups:
+        backup.delete_checkpoint = False
+    try:
+        yield
+    finally:
+        for backup, value in zip(backups, delete, strict=True):
+            backup.delete_checkpoint = value
+
+
+def _make_directories(callbacks: list[Any]) -> None:
+    """Makes those that callbacks write to: in Keras, a second worker fails."""
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            os.makedirs(callback.backup_dir, exist_ok=True)
+        elif isinstance(callback, keras.callbacks.ModelCheckpoint):
+            directory = os.path.dirname(callback.filepath)
+            os.makedirs(directory or ".", exist_ok=True)
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return list(callbacks.callbacks)
+    return keras.tree.flatten(callbacks or [])
+
+
+def _digest(variables: list[Any]) -> str:
+    """A short name of the variables' values."""
+    total = hashlib.sha256()
+    for variable in variables:
+        total.update(np.ascontiguousarray(variable.numpy()).tobytes())
+    return total.hexdigest()[:16]
 
 
 def _with_first_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:

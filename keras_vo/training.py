@@ -154,10 +154,18 @@ class VOTrainStep(ReplicatedModel):
     def test_step(self, data: Any) -> Any:
         """As in Keras; the population's metrics belong to training."""
         logs = super().test_step(data)
-        if isinstance(logs, dict):
-            population = {m.name for m in self._population_metrics.as_list()}
-            logs = {k: v for k, v in logs.items() if k not in population}
-        return logs
+        return (
+            self._without_population(logs) if isinstance(logs, dict) else logs
+        )
+
+    def get_metrics_result(self) -> Any:
+        """As in Keras; in `evaluate` without those of the population."""
+        logs = super().get_metrics_result()
+        return self._without_population(logs) if self._evaluating else logs
+
+    def _without_population(self, logs: dict[str, Any]) -> dict[str, Any]:
+        population = {m.name for m in self._population_metrics.as_list()}
+        return {k: v for k, v in logs.items() if k not in population}
 
     def make_train_function(self, force: bool = False) -> Any:
         """As in Keras, but XLA compiles the evaluation of members only.

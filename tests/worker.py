@@ -1,0 +1,119 @@
+"""A worker of a cluster: the program that test_multi_worker.py runs.
+
+    python worker.py '{"option": value, ...}'
+
+The environment variable TF_CONFIG says which worker it is.
+"""
+
+import json
+import os
+import signal
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_vo
+from keras_vo import distribution
+
+OPTIONS = {
+    "strategy": "keras_vo",  # or "tensorflow"
+    "units": [5],
+    "optimizer": {},  # arguments of VOOptimizer
+    "initial": 0,  # the seed of the initial weights
+    "same_batch": True,  # every worker has the whole batch
+    "compile": {},
+    "fit": {},
+    "backup": None,  # a directory
+    "checkpoint": None,  # a path
+    "kill": None,  # [worker, batch], counted over all epochs
+    "result": None,  # a path, of which {} is the worker
+    "start_timeout": 60.0,
+}
+
+
+class Kill(keras.callbacks.Callback):
+    """Ends the process as a machine that loses its power would."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.left = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(67, 4)).astype("float32")
+    return x, (x.sum(1) > 0).astype("int32")
+
+
+def model(options):
+    keras.utils.set_random_seed(options["initial"])
+    made = keras_vo.VOSequential(
+        [
+            keras.Input((4,)),
+            *[
+                keras.layers.Dense(n, activation="relu")
+                for n in options["units"]
+            ],
+            keras.layers.Dense(2),
+        ]
+    )
+    made.compile(
+        optimizer=keras_vo.VOOptimizer(
+            **{"population_size": 12, "seed": 3} | options["optimizer"]
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **options["compile"],
+    )
+    return made
+
+
+def main(options):
+    worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    if options["strategy"] == "keras_vo":
+        strategy = distribution.multi_worker_strategy(options["start_timeout"])
+    else:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        trained = model(options)
+    x, y = data()
+    callbacks = []
+    if options["backup"]:
+        callbacks.append(keras.callbacks.BackupAndRestore(options["backup"]))
+    if options["checkpoint"]:
+        callbacks.append(keras.callbacks.ModelCheckpoint(options["checkpoint"]))
+    if options["kill"] and options["kill"][0] == worker:
+        callbacks.append(Kill(options["kill"][1]))
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    if options["same_batch"]:
+        batches = strategy.distribute_datasets_from_function(lambda _: batches)
+    history = trained.fit(
+        batches,
+        **{"verbose": 0, "epochs": 4, "callbacks": callbacks} | options["fit"],
+    ).history
+    results = {f"w{i}": v.numpy() for i, v in enumerate(trained.weights)}
+    results |= {
+        f"s{i}": v.numpy() for i, v in enumerate(trained.optimizer.stddevs)
+    }
+    results |= {f"history {k}": v for k, v in history.items()}
+    evaluated = trained.evaluate(x, y, batch_size=16, verbose=0)
+    predicted = trained.predict(x, batch_size=16, verbose=0)
+    np.savez(
+        options["result"].format(worker),
+        evaluated=evaluated,
+        predicted=predicted,
+        **results,
+    )
+
+
+if __name__ == "__main__":
+    main(OPTIONS | json.loads(sys.argv[1]))
