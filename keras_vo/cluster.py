@@ -22,6 +22,7 @@ from keras_vo.version import __version__
 __all__ = ["Cluster", "meet"]
 
 _JOBS = ("chief", "worker")
+_NOTHING = "nothing from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,11 @@ def meet(cluster: Cluster, timeout: float) -> None:
         problem = _host_meeting(cluster, own, deadline, timeout)
     else:
         problem = _attend_meeting(cluster, own, deadline, timeout)
+    if problem.startswith(_NOTHING):
+        raise TimeoutError(
+            f"Expected all of {list(cluster.names)} to start. "
+            f"Received: {problem}"
+        )
     if problem:
         raise ValueError(
             "Expected workers of one cluster with the same versions. "
@@ -130,7 +136,7 @@ def _host_meeting(
             except TimeoutError:
                 names = [cluster.names[i] for i in sorted(missing)]
                 problems.append(
-                    f"nothing from {', '.join(names)} within {timeout} seconds"
+                    f"{_NOTHING} {', '.join(names)} within {timeout} seconds"
                 )
                 break
             except ValueError:  # not one of us
@@ -147,11 +153,6 @@ def _host_meeting(
         for connection in guests.values():
             with connection:
                 connection.sendall(json.dumps(problem).encode() + b"\n")
-    if problem.startswith("nothing from"):
-        raise TimeoutError(
-            f"Expected all of {list(cluster.names)} to start. "
-            f"Received: {problem}"
-        )
     return problem
 
 
@@ -164,7 +165,8 @@ def _attend_meeting(
         try:
             with socket.create_connection(address, timeout=1) as connection:
                 connection.sendall(json.dumps(own).encode() + b"\n")
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                # It answers when it has heard all, or its own time is over.
+                connection.settimeout(timeout + 10)
                 answer = connection.makefile().readline()
                 if answer:
                     return str(json.loads(answer))

@@ -408,15 +408,17 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
         finite = tf.math.is_finite(losses)
 
-        self._update_where(
-            tf.reduce_any(finite),
-            variables,
-            mean,
-            log_variance,
-            layout.unflatten(mean_gradient),
-            log_variance_gradient,
-        )
-        self.assign_add(self.generations, 1)
+        # Where a batch can't be had (the end of the data), nothing is counted.
+        with tf.control_dependencies([losses]):
+            self._update_where(
+                tf.reduce_any(finite),
+                variables,
+                mean,
+                log_variance,
+                layout.unflatten(mean_gradient),
+                log_variance_gradient,
+            )
+            self.assign_add(self.generations, 1)
         return Generation(
             losses,
             tf.reduce_mean(tf.boolean_mask(losses, finite)),

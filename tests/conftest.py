@@ -8,6 +8,11 @@ import keras
 import pytest
 import tensorflow as tf
 
+# Three devices for tests of replicas; the others use the first.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 3,
+)
 # "n out of the last n calls triggered retracing": every test is a new model.
 tf.get_logger().setLevel("ERROR")
 

@@ -98,7 +98,8 @@ def main(options):
         batches = strategy.distribute_datasets_from_function(lambda _: batches)
     history = trained.fit(
         batches,
-        **{"verbose": 0, "epochs": 4, "callbacks": callbacks} | options["fit"],
+        **{"verbose": 0, "shuffle": False, "epochs": 4, "callbacks": callbacks}
+        | options["fit"],
     ).history
     results = {f"w{i}": v.numpy() for i, v in enumerate(trained.weights)}
     results |= {

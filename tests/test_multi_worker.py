@@ -1,0 +1,310 @@
+"""Two worker processes under MultiWorkerMirroredStrategy.
+
+They fail here if Keras changes what `replicated_model.py` overrides: its own
+`fit` does not work under this strategy.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import worker as worker_program
+
+from keras_vo import cluster as cluster_lib
+from keras_vo import distribution
+
+PROGRAM = pathlib.Path(__file__).with_name("worker.py")
+
+
+def free_addresses(count):
+    servers = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    addresses = [f"localhost:{s.getsockname()[1]}" for s in servers]
+    for server in servers:
+        server.close()
+    return addresses
+
+
+def run(*options, timeout=240):
+    """One process for each dict of options: return codes and outputs."""
+    addresses = free_addresses(len(options))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), json.dumps(own)],
+            env=os.environ
+            | {
+                "TF_CONFIG": json.dumps(
+                    {
+                        "cluster": {"worker": addresses},
+                        "task": {"type": "worker", "index": index},
+                    }
+                )
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, own in enumerate(options)
+    ]
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [p.returncode for p in processes], outputs
+
+
+def results(path):
+    with np.load(path) as stored:
+        return dict(stored)
+
+
+def assert_all_equal(*runs):
+    first, *others = runs
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, value in first.items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_workers_one_lost_and_both_resumed(tmp_path):
+    """Two workers are one replica; a killed one ends the other; both go on.
+
+    20 steps on batches that both workers have.
+    """
+    backup = tmp_path / "shared" / "backup"
+    checkpoint = tmp_path / "made" / "best.keras"
+    options = {
+        "fit": {"epochs": 4},
+        "backup": str(backup),
+        "checkpoint": str(checkpoint),
+    }
+
+    def two(name, **changes):
+        own = options | {"result": str(tmp_path / f"{name}{{}}.npz")} | changes
+        return run(own, own)
+
+    codes, outputs = two("whole")
+    assert codes == [0, 0], outputs
+    whole = [results(tmp_path / f"whole{i}.npz") for i in range(2)]
+    assert_all_equal(*whole)
+    assert not backup.exists()
+
+    one = worker_program.model(worker_program.OPTIONS)
+    x, y = worker_program.data()
+    history = one.fit(
+        x, y, batch_size=16, epochs=4, shuffle=False, verbose=0
+    ).history
+    for index, weight in enumerate(one.weights):
+        np.testing.assert_allclose(whole[0][f"w{index}"], weight, rtol=1e-5)
+    for index, stddev in enumerate(one.optimizer.stddevs):
+        np.testing.assert_allclose(whole[0][f"s{index}"], stddev, rtol=1e-5)
+    for name, values in history.items():
+        np.testing.assert_allclose(
+            whole[0][f"history {name}"], values, rtol=1e-5
+        )
+    loaded = keras.models.load_model(checkpoint)
+    for index, weight in enumerate(loaded.weights):
+        np.testing.assert_array_equal(whole[0][f"w{index}"], weight)
+    assert int(loaded.optimizer.generations.numpy()) == 20
+
+    began = time.monotonic()
+    codes, outputs = two("killed", kill=[1, 7])
+    assert codes[1] == -9
+    assert codes[0] == 1
+    assert "RuntimeError: A worker was lost" in outputs[0]
+    assert time.monotonic() - began < 120
+    assert backup.exists()
+
+    codes, outputs = two("resumed")
+    assert codes == [0, 0], outputs
+    for index in range(2):
+        resumed = results(tmp_path / f"resumed{index}.npz")
+        # The history of a resumed run begins where it resumes.
+        assert len(resumed["history loss"]) == 3
+        names = [n for n in resumed if not n.startswith("history")]
+        assert_all_equal(
+            {n: whole[0][n] for n in names}, {n: resumed[n] for n in names}
+        )
+
+
+@pytest.mark.slow
+def test_shards_and_gradients_across_processes(tmp_path):
+    """TensorFlow's own constructor, uneven batches, three steps at once."""
+    options = {
+        "strategy": "tensorflow",
+        "same_batch": False,
+        "optimizer": {"exchange": "gradient"},
+        "compile": {"steps_per_execution": 3},
+        "result": str(tmp_path / "{}.npz"),
+    }
+    codes, outputs = run(options, options)
+    assert codes == [0, 0], outputs
+    first, second = (results(tmp_path / f"{i}.npz") for i in range(2))
+    assert_all_equal(first, second)
+    assert first["history loss"][-1] < first["history loss"][0]
+    one = worker_program.model(worker_program.OPTIONS)
+    x, y = worker_program.data()
+    one.set_weights([first[f"w{i}"] for i in range(len(one.weights))])
+    np.testing.assert_allclose(
+        first["evaluated"], one.evaluate(x, y, verbose=0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        first["predicted"], one.predict(x, verbose=0), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_workers_that_differ_are_told_in_what():
+    same = {"fit": {"epochs": 1}}
+    other = {
+        "fit": {"epochs": 2},
+        "optimizer": {"seed": 4, "population_size": 14},
+    }
+    codes, outputs = run(same, other)
+    assert codes == [1, 1]
+    for output in outputs:
+        message = output.splitlines()[-1]
+        assert "worker 1 has epochs=2, worker 0 1" in message
+        assert "worker 1 has population_size=14, worker 0 12" in message
+        assert "worker 1 has seed=4, worker 0 3" in message
+
+
+@pytest.mark.slow
+def test_models_of_other_shapes_do_not_hang():
+    """TensorFlow itself finds out, when the weights are made."""
+    codes, outputs = run({}, {"units": [7]})
+    assert codes == [1, 1]
+    assert "task:1" in outputs[1]
+    assert "expected shape [4,7]" in outputs[1]
+    assert "expected shape [4,5]" in outputs[1]
+    assert "task:1" in outputs[0]
+
+
+# --- the meeting of workers: threads in place of processes ---
+
+
+def meet(*clusters, timeout=20.0):
+    """What each of the clusters' workers raises, or None."""
+    raised = [None] * len(clusters)
+
+    def attend(index, cluster):
+        try:
+            cluster_lib.meet(cluster, timeout)
+        except Exception as error:
+            raised[index] = error
+
+    threads = [
+        threading.Thread(target=attend, args=item)
+        for item in enumerate(clusters)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def clusters(count):
+    addresses = tuple(free_addresses(count))
+    names = tuple(f"worker:{i}" for i in range(count))
+    return [cluster_lib.Cluster(names, addresses, i) for i in range(count)]
+
+
+def test_three_workers_meet():
+    assert meet(*clusters(3)) == [None, None, None]
+
+
+def test_a_worker_that_does_not_come():
+    first, second, _ = clusters(3)
+    errors = meet(first, second, timeout=1.5)
+    for error in errors:
+        assert isinstance(error, TimeoutError)
+        assert "nothing from worker:2 within 1.5 seconds" in str(error)
+
+
+def test_the_first_worker_does_not_come():
+    _, second = clusters(2)
+    (error,) = meet(second, timeout=0.5)
+    assert isinstance(error, TimeoutError)
+    assert f"worker:0 to answer at {second.addresses[0]}" in str(error)
+
+
+def test_workers_of_different_clusters():
+    first, second = clusters(2)
+    other = cluster_lib.Cluster(
+        (*second.names, "worker:2"), (*second.addresses, "far:1"), 1
+    )
+    for error in meet(first, other):
+        assert isinstance(error, ValueError)
+        assert "of worker 1" in str(error)
+        assert "far:1" in str(error)
+
+
+def test_two_processes_that_are_the_same_worker():
+    first, second, _ = clusters(3)
+    errors = meet(first, second, second, timeout=5.0)
+    assert "two processes that are worker 1" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "received"),
+    [
+        ("", "JSONDecodeError"),
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"cluster": {"worker": ["a:1"]}}', "task"),
+        (
+            '{"cluster": {"worker": ["a:1"]},'
+            ' "task": {"type": "worker", "index": 1}}',
+            "not in tuple",
+        ),
+        (
+            '{"cluster": {"worker": ["a"]},'
+            ' "task": {"type": "worker", "index": 0}}',
+            "without host and port",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1", "a:1"]},'
+            ' "task": {"type": "worker", "index": 0}}',
+            "share",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]},'
+            ' "task": {"type": "worker", "index": 0}}',
+            "ps",
+        ),
+    ],
+)
+def test_a_wrong_tf_config(config, received, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(ValueError, match="Expected TF_CONFIG") as error:
+        cluster_lib.Cluster.from_environment()
+    assert received in str(error.value)
+
+
+def test_a_chief_is_the_first_worker(monkeypatch):
+    config = {
+        "cluster": {"worker": ["b:2", "c:3"], "chief": ["a:1"]},
+        "task": {"type": "worker", "index": 1},
+    }
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    cluster = cluster_lib.Cluster.from_environment()
+    assert cluster.names == ("chief:0", "worker:0", "worker:1")
+    assert cluster.addresses == ("a:1", "b:2", "c:3")
+    assert cluster.index == 2
+
+
+def test_a_lost_worker_is_not_any_error():
+    with pytest.raises(tf.errors.UnavailableError):
+        with distribution.lost_workers_explained(None):
+            raise tf.errors.UnavailableError(None, None, "another one")
