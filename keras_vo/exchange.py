@@ -2,19 +2,23 @@
 
 Two ways to the same gradient, of d weights and D draws on R replicas:
 
-    fitness    the N losses are exchanged; every machine draws all of the
-               noise again and sums the gradient itself
+    fitness    the N losses are exchanged; every replica draws the noise of
+               all draws again and sums the gradient itself
     gradient   the losses are exchanged; each replica sums the gradient over
                its own draws, and these sums are all-reduced
 
-The losses cost the same in both. What differs is, in seconds,
+A step takes, in seconds, with the fields of `CostModel` as rates,
 
-    fitness    D d / normals + D d / sums
-    gradient   (D / R) d / sums
-               + 2 (R - 1) latency + 2 (R - 1) / R bytes(d) / bandwidth
+    overhead                                    what does not depend on D
+    + (N / R) d |B| / evaluation                forward passes
+    + (D / R) d / normals                       the noise of own draws
+    + message(N)                                the losses
+    + D d / normals + D d / sums                fitness: reconstruction
+    or (D / R) d / sums + message(d)            gradient
 
-with the cost of a ring all-reduce in the last line. (Noise that was kept is
-drawn again in the first as well.)
+where |B| is the batch of one replica and a ring all-reduce of n numbers takes
+
+    message(n) = 2 (R - 1) latency + 2 (R - 1) / R  4 n / bandwidth
 """
 
 from __future__ import annotations
@@ -28,49 +32,91 @@ EXCHANGES = ("auto", "fitness", "gradient")
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """What a step costs, of which "auto" needs what differs.
+    """Rates, from which the time of a step follows.
 
     Attributes:
         normals: normals drawn a second.
         sums: numbers of noise summed into the gradient a second.
-        latency: seconds that one message takes.
-        bandwidth: bytes a second, between two machines.
+        evaluation: weights times examples evaluated a second.
+        overhead: seconds of a step that depend on none of these.
+        latency: seconds from one machine to the next.
+        bandwidth: bytes a second from one machine to the next.
     """
 
     normals: float = 1.4e8
     sums: float = 1e9
+    evaluation: float = 1e10
+    overhead: float = 5e-3
     latency: float = 1e-4
     bandwidth: float = 1.25e9  # 10 Gbit/s
 
-    def fitness(self, draws: int, noise_size: int) -> float:
-        """Seconds to draw all noise of a step and to sum it."""
-        return draws * noise_size * (1 / self.normals + 1 / self.sums)
-
-    def gradient(
-        self, draws: int, noise_size: int, numbers: int, replicas: int
-    ) -> float:
-        """Seconds to sum a replica's noise and to all-reduce the sums.
-
-        Args:
-            draws: number of draws D of the population.
-            noise_size: normals of a draw.
-            numbers: how many numbers are all-reduced, 4 bytes each.
-            replicas: R.
-        """
+    def message(self, numbers: float, replicas: int) -> float:
+        """Seconds of a ring all-reduce of numbers of 4 bytes."""
         hops = 2 * (replicas - 1)
         return (
-            draws / replicas * noise_size / self.sums
-            + hops * self.latency
-            + hops / replicas * 4 * numbers / self.bandwidth
+            hops * self.latency + hops / replicas * 4 * numbers / self.bandwidth
         )
+
+    def exchanged(
+        self,
+        exchange: str,
+        draws: int,
+        noise_size: int,
+        numbers: int,
+        replicas: int,
+    ) -> float:
+        """Seconds from the losses to the gradient.
+
+        Args:
+            exchange: "fitness" or "gradient".
+            draws: number of draws D of the population.
+            noise_size: normals of a draw.
+            numbers: how many numbers the gradients have.
+            replicas: R.
+        """
+        if exchange == "fitness" and replicas > 1:
+            return draws * noise_size * (1 / self.normals + 1 / self.sums)
+        own = draws / replicas * noise_size / self.sums
+        return own + self.message(numbers, replicas)
 
     def cheaper(
         self, draws: int, noise_size: int, numbers: int, replicas: int
     ) -> str:
-        """ "fitness" or "gradient"; arguments as of `gradient`."""
-        fitness = self.fitness(draws, noise_size)
-        gradient = self.gradient(draws, noise_size, numbers, replicas)
+        """ "fitness" or "gradient"; arguments as of `exchanged`."""
+        fitness, gradient = (
+            self.exchanged(exchange, draws, noise_size, numbers, replicas)
+            for exchange in ("fitness", "gradient")
+        )
         return "fitness" if fitness <= gradient else "gradient"
+
+    def step(
+        self,
+        exchange: str,
+        population_size: int,
+        weights: int,
+        batch_size: int,
+        replicas: int,
+        antithetic: bool = True,
+    ) -> float:
+        """Seconds of a step of full-rank noise.
+
+        Args:
+            exchange: "fitness" or "gradient".
+            population_size: N.
+            weights: d.
+            batch_size: examples of each replica.
+            replicas: R.
+            antithetic: whether a draw serves two members.
+        """
+        draws = population_size // (2 if antithetic else 1)
+        passes = population_size / replicas * weights * batch_size
+        return (
+            self.overhead
+            + passes / self.evaluation
+            + draws / replicas * weights / self.normals
+            + self.message(population_size, replicas)
+            + self.exchanged(exchange, draws, weights, weights, replicas)
+        )
 
 
 def cost_model(network: bool) -> CostModel:

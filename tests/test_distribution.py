@@ -684,14 +684,28 @@ def test_exchange_is_checked_and_saved():
 def test_the_cost_model():
     """By hand: D = 100 draws of 1000 normals, 500 numbers, R = 4."""
     costs = exchange.CostModel(
-        normals=1e6, sums=1e7, latency=1e-3, bandwidth=1e5
+        normals=1e6,
+        sums=1e7,
+        evaluation=1e8,
+        overhead=0.5,
+        latency=1e-3,
+        bandwidth=1e5,
     )
-    assert costs.fitness(100, 1000) == pytest.approx(0.1 + 0.01)
-    assert costs.gradient(100, 1000, 500, 4) == pytest.approx(
-        0.0025 + 6 * 1e-3 + 6 / 4 * 2000 / 1e5
-    )
-    assert costs.cheaper(100, 1000, 500, 4) == "gradient"
+    assert costs.message(500, 4) == pytest.approx(6e-3 + 6 / 4 * 2000 / 1e5)
+    assert costs.message(500, 1) == 0
+    sizes = (100, 1000, 500, 4)
+    assert costs.exchanged("fitness", *sizes) == pytest.approx(0.1 + 0.01)
+    assert costs.exchanged("gradient", *sizes) == pytest.approx(0.0025 + 0.036)
+    assert costs.cheaper(*sizes) == "gradient"
     assert costs.cheaper(10, 1000, 500, 4) == "fitness"
+    # N = 200 pairs' members on 8 examples: 50 x 1000 x 8 / 1e8 = 4 ms.
+    assert costs.step("fitness", 200, 1000, 8, 4) == pytest.approx(
+        0.5 + 0.004 + 0.025 + costs.message(200, 4) + 0.11
+    )
+    # One replica draws its noise once and sends nothing.
+    assert costs.step("fitness", 200, 1000, 8, 1) == pytest.approx(
+        0.5 + 0.016 + 0.1 + 0.01
+    )
 
 
 def test_outside_of_strategies_there_is_one_replica():
