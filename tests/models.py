@@ -44,13 +44,18 @@ def make_optimizer(search_distribution="layerwise", **kwargs):
 
 
 def make_model(layers=None, optimizer=None, shape=(FEATURES,), **compiling):
-    """A compiled VOSequential with the same initial weights every time."""
+    """A compiled VOSequential with the same initial weights every time.
+
+    Its optimizer is built already: if a step creates variables, TensorFlow
+    traces it twice.
+    """
     keras.utils.set_random_seed(1)
     model = keras_vo.VOSequential(
         [keras.Input(shape), *(layers or make_layers())]
     )
     compiling.setdefault("loss", "sparse_categorical_crossentropy")
     model.compile(optimizer=optimizer or make_optimizer(), **compiling)
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
