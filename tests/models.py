@@ -145,7 +145,7 @@ def nodes_of_a_step(model, features=FEATURES):
     y = np.zeros((8, 1), "int32")
     model.optimizer.build(model.trainable_variables)
 
-    @tf.function
+    @tf.function(autograph=False)  # as in Keras
     def step(x, y):
         return model.train_step((x, y))
 
