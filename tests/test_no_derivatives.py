@@ -66,9 +66,7 @@ def test_the_graph_of_a_step_has_no_gradient_ops():
             dense(3, activation="softmax"),
         ]
 
-    plain = keras.Sequential(
-        [keras.Input((4,)), *layers(keras.layers.Dense)]
-    )
+    plain = keras.Sequential([keras.Input((4,)), *layers(keras.layers.Dense)])
     plain.compile("sgd", loss="sparse_categorical_crossentropy")
     ops = {node.op for node in models.nodes_of_a_step(plain)}
     assert "ReluGrad" in ops
