@@ -207,6 +207,9 @@ def test_a_weight_of_two_is_an_example_twice_as_loud(shaping):
         three = (base + 2 * one).mean() * step(base + 2 * one) - step(base)
         np.testing.assert_allclose(three, 2 * change, rtol=1e-3, atol=1e-6)
     assert np.abs(change).max() > 1e-3
+    # It is that example's own change, not one of the whole step.
+    other = scale * step(base + np.eye(8)[5]) - step(base)
+    assert np.abs(change - other).max() > 1e-3
 
 
 def test_class_weight_is_sample_weight():
