@@ -44,13 +44,18 @@ def make_optimizer(search_distribution="layerwise", **kwargs):
 
 
 def make_model(layers=None, optimizer=None, shape=(FEATURES,), **compiling):
-    """A compiled VOSequential with the same initial weights every time."""
+    """A compiled VOSequential with the same initial weights every time.
+
+    Its optimizer is built already: if a step creates variables, TensorFlow
+    traces it twice.
+    """
     keras.utils.set_random_seed(1)
     model = keras_vo.VOSequential(
         [keras.Input(shape), *(layers or make_layers())]
     )
     compiling.setdefault("loss", "sparse_categorical_crossentropy")
     model.compile(optimizer=optimizer or make_optimizer(), **compiling)
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
@@ -64,6 +69,23 @@ def fit(model, *data, **kwargs):
         "shuffle": False,
     } | kwargs
     return model.fit(*data, **kwargs).history
+
+
+def rewinder(model):
+    """A function that puts a model and its search back to where they are."""
+    variables = [*model.variables, *model.optimizer.variables]
+    values = [v.numpy() for v in variables]
+
+    def rewind():
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    return rewind
+
+
+def accuracy(model, x, y):
+    """Without a metric, whose variables would make a step be traced twice."""
+    return np.mean(model.predict(x, verbose=0).argmax(-1) == y[:, 0])
 
 
 class LossSpy:
@@ -121,9 +143,9 @@ def nodes_of_a_step(model, features=FEATURES):
     """All nodes of a training step's graph, those of its functions included."""
     x = np.zeros((8, features), "float32")
     y = np.zeros((8, 1), "int32")
-    model.train_on_batch(x, y)  # builds the optimizer
+    model.optimizer.build(model.trainable_variables)
 
-    @tf.function
+    @tf.function(autograph=False)  # as in Keras
     def step(x, y):
         return model.train_step((x, y))
 

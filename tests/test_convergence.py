@@ -13,19 +13,31 @@ def himmelblau(weights):
     return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
 
 
-def search(f, start, steps, seed, inner, distribution, **kwargs):
+def search(f, start, steps, seeds, inner, distribution, **kwargs):
+    """The last value from each seed. All take the same compiled step."""
     mean = tf.Variable(start, dtype=tf.float32)
     optimizer = keras_vo.VOOptimizer(
         inner,
         search_distribution=distribution,
         fitness_shaping="nes",
-        seed=seed,
         **kwargs,
     )
-    step = tf.function(lambda: optimizer.minimize(f, [mean]))
-    for _ in range(steps):
-        step()
-    return float(f([tf.convert_to_tensor(mean)]))
+    optimizer.build([mean])
+    initial = [v.numpy() for v in (mean, *optimizer.variables)]
+
+    @tf.function
+    def run():
+        for _ in tf.range(steps):
+            optimizer.minimize(f, [mean])
+
+    for seed in seeds:
+        for variable, value in zip(
+            (mean, *optimizer.variables), initial, strict=True
+        ):
+            variable.assign(value)
+        optimizer.base_seed.assign(seed)
+        run()
+        yield float(f([tf.convert_to_tensor(mean)]))
 
 
 @pytest.mark.slow
@@ -42,24 +54,20 @@ def test_himmelblau_as_in_the_source():
         ("regular", "isotropic", False, 0.05),
         ("natural", "isotropic", True, 0.1),
     ):
-        medians[name] = np.median(
-            [
-                search(
-                    himmelblau,
-                    [0.0, 0.0],
-                    59,
-                    seed,
-                    keras.optimizers.SGD(0.5),
-                    keras_vo.GaussianSearchDistribution(
-                        variance, stddev=1.0, learning_rate=rate
-                    ),
-                    population_size=200,
-                    natural_gradient=natural,
-                    antithetic=False,
-                )
-                for seed in range(10)
-            ]
+        ends = search(
+            himmelblau,
+            [0.0, 0.0],
+            59,
+            range(10),
+            keras.optimizers.SGD(0.5),
+            keras_vo.GaussianSearchDistribution(
+                variance, stddev=1.0, learning_rate=rate
+            ),
+            population_size=200,
+            natural_gradient=natural,
+            antithetic=False,
         )
+        medians[name] = np.median(list(ends))
     assert 0.4 < medians["fixed"] < 1.1
     assert 8 < medians["regular"] < 30
     assert 2e-4 < medians["natural"] < 4e-3
@@ -71,25 +79,26 @@ def quadratic(weights):
     return tf.reduce_sum(curvature * weights[0] ** 2) / tf.reduce_sum(curvature)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_separable_adaptation_solves_an_ill_conditioned_quadratic(seed):
+def test_separable_adaptation_solves_an_ill_conditioned_quadratic():
     """SNES: natural gradient, rate 1 for mu, (3 + log d) / (5 sqrt d)."""
     ends = {
-        variance: search(
-            quadratic,
-            [1.0] * 20,
-            600,
-            seed,
-            keras.optimizers.SGD(1.0),
-            keras_vo.GaussianSearchDistribution(
-                variance,
-                stddev=1.0,
-                learning_rate=(3 + np.log(20)) / (5 * 20**0.5),
-                min_stddev=1e-12,
-            ),
-            population_size=40,
+        variance: list(
+            search(
+                quadratic,
+                [1.0] * 20,
+                600,
+                (0, 1),
+                keras.optimizers.SGD(1.0),
+                keras_vo.GaussianSearchDistribution(
+                    variance,
+                    stddev=1.0,
+                    learning_rate=(3 + np.log(20)) / (5 * 20**0.5),
+                    min_stddev=1e-12,
+                ),
+                population_size=40,
+            )
         )
         for variance in ("separable", "fixed")
     }
-    assert ends["separable"] < 1e-6
-    assert ends["fixed"] > 1e-3
+    assert max(ends["separable"]) < 1e-6
+    assert min(ends["fixed"]) > 1e-3

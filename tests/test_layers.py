@@ -112,6 +112,7 @@ def test_attention():
         inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended))
     )
     model.compile(optimizer=models.make_optimizer(), loss="mse")
+    model.optimizer.build(model.trainable_variables)
     x = np.random.default_rng(0).normal(size=(16, 5, 3)).astype("float32")
     history = models.fit(model, x, x.mean((1, 2)), epochs=8)
     assert history["loss"][-1] < history["loss"][0]
@@ -356,7 +357,6 @@ def test_mixed_precision_of_other_noise(kind, policy):
     model = models.make_model(
         [kind(5, activation="relu"), kind(3)],
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
     )
     models.fit(model, x, y, epochs=20)
-    assert model.evaluate(x, y, verbose=0)[1] > 0.9
+    assert models.accuracy(model, x, y) > 0.9

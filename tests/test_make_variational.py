@@ -57,6 +57,8 @@ def compile_and_fit(model):
         optimizer=models.make_optimizer(),
         loss="sparse_categorical_crossentropy",
     )
+    if model.built:  # as in `models.make_model`
+        model.optimizer.build(model.trainable_variables)
     return models.fit(model)
 
 

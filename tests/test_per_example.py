@@ -105,23 +105,22 @@ def two_outputs(**compiling):
         ],
         **compiling,
     )
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
 def test_several_outputs_with_weights():
     x, y = models.make_data()
     model = two_outputs(loss_weights=[0.5, 2.0])
-    logs = model.train_on_batch(x, [x[:, :1], y], return_dict=True)
+    logs = models.fit(model, x, [x[:, :1], y], epochs=10)
+    a, b = np.array([logs["a_loss"], logs["b_loss"]])
+    np.testing.assert_allclose(logs["loss"], 0.5 * a + 2 * b, rtol=1e-5)
+    assert logs["loss"][-1] < logs["loss"][0]
     y_pred, targets = model(x), [x[:, :1], y]
     want = model.compute_loss(x, targets, y_pred)
     with per_example.by_example(model):
         losses = model.compute_loss(x, targets, y_pred)
     np.testing.assert_allclose(tf.reduce_mean(losses), want, rtol=1e-5)
-    np.testing.assert_allclose(
-        logs["loss"], 0.5 * logs["a_loss"] + 2 * logs["b_loss"], rtol=1e-5
-    )
-    first = models.fit(model, x, [x[:, :1], y], epochs=10)["loss"]
-    assert first[-1] < first[0]
 
 
 def test_several_outputs_with_weights_of_examples():
@@ -165,10 +164,12 @@ def test_examples_of_weight_zero_teach_nothing(shaping):
     weight = np.array([1.0, 0, 2, 0, 1, 3, 0, 1], "float32")
     wrong = np.where(weight[:, None] == 0, (y + 1) % 3, y)
     states = []
+    model = make_lr_model(
+        optimizer=models.make_optimizer(fitness_shaping=shaping)
+    )
+    rewind = models.rewinder(model)
     for labels in (y, wrong):
-        model = make_lr_model(
-            optimizer=models.make_optimizer(fitness_shaping=shaping)
-        )
+        rewind()
         model.train_on_batch(x, labels, sample_weight=weight)
         states.append(models.search_state(model))
     models.assert_same_state(*states)
@@ -177,16 +178,18 @@ def test_examples_of_weight_zero_teach_nothing(shaping):
 @pytest.mark.parametrize("shaping", ["identity", "centered_rank"])
 def test_a_weight_of_two_is_an_example_twice_as_loud(shaping):
     """The gradient is linear in the weights, ranks or not."""
+    model = make_lr_model(
+        optimizer=models.make_optimizer(
+            inner_optimizer=keras.optimizers.SGD(1.0),
+            fitness_shaping=shaping,
+        )
+    )
+    rewind = models.rewinder(model)
+    before = models.weights(model)
+    x, y = models.make_data(8)
 
     def step(weight):
-        model = make_lr_model(
-            optimizer=models.make_optimizer(
-                inner_optimizer=keras.optimizers.SGD(1.0),
-                fitness_shaping=shaping,
-            )
-        )
-        before = models.weights(model)
-        x, y = models.make_data(8)
+        rewind()
         model.train_on_batch(x, y, sample_weight=np.float32(weight))
         return models.weights(model) - before
 
@@ -204,6 +207,9 @@ def test_a_weight_of_two_is_an_example_twice_as_loud(shaping):
         three = (base + 2 * one).mean() * step(base + 2 * one) - step(base)
         np.testing.assert_allclose(three, 2 * change, rtol=1e-3, atol=1e-6)
     assert np.abs(change).max() > 1e-3
+    # It is that example's own change, not one of the whole step.
+    other = scale * step(base + np.eye(8)[5]) - step(base)
+    assert np.abs(change - other).max() > 1e-3
 
 
 def test_class_weight_is_sample_weight():
@@ -242,6 +248,7 @@ def make_own(cls, **compiling):
     keras.utils.set_random_seed(0)
     model = cls(inputs, LocalReparamDense(1)(inputs))
     model.compile(optimizer=models.make_optimizer(), **compiling)
+    model.optimizer.build(model.trainable_variables)
     return model
 
 

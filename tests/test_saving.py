@@ -203,11 +203,11 @@ SERVE = """
 import sys
 import numpy as np
 import tensorflow as tf
-folder, data = sys.argv[1:]
-x, want = np.load(data).values()
-model = tf.saved_model.load(folder)
-got = model.serve(x)
-np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+for folder, data in zip(sys.argv[1::2], sys.argv[2::2]):
+    x, want = np.load(data).values()
+    model = tf.saved_model.load(folder)
+    got = model.serve(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 assert not any(name.startswith("keras_vo") for name in sys.modules)
 """
 
@@ -255,7 +255,7 @@ def test_other_processes_serve_and_resume(tmp_path):
         optimizer=models.make_optimizer(seed=None),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    arguments = []
+    served, resumed = [], []
     for name, model in (
         ("sequential", make("random")),
         ("perturbed", make("perturbed")),
@@ -268,12 +268,13 @@ def test_other_processes_serve_and_resume(tmp_path):
         data = tmp_path / f"{name}.npz"
         np.savez(data, x=x, want=model.predict(x, verbose=0))
         if name in ("sequential", "perturbed"):
-            run(SERVE, tmp_path / name, data)
+            served += [tmp_path / name, data]
         models.fit(model)
         want = tmp_path / f"{name}.npy"
         np.save(want, models.weights(model))
-        arguments += [tmp_path / f"{name}.keras", want]
-    run(RESUME, *arguments)
+        resumed += [tmp_path / f"{name}.keras", want]
+    run(SERVE, *served)
+    run(RESUME, *resumed)
 
 
 DETERMINISM = """
@@ -291,11 +292,6 @@ def train():
     return models.weights(model)
 np.testing.assert_array_equal(train(), train())
 """
-
-
-@pytest.mark.slow
-def test_op_determinism():
-    run(DETERMINISM)
 
 
 REPLICAS = """
@@ -319,5 +315,6 @@ else:
 
 
 @pytest.mark.slow
-def test_several_replicas_are_refused():
-    run(REPLICAS)
+def test_several_replicas_are_refused_and_ops_can_be_deterministic():
+    """Both are settings of a whole process."""
+    run(REPLICAS + DETERMINISM)

@@ -84,12 +84,11 @@ def test_history_and_evaluate():
 
 def test_train_on_batch_returns_a_list_or_a_dictionary():
     x, y = models.make_data(8)
-    as_list, as_dict = (
-        models.make_model(metrics=["accuracy"]).train_on_batch(
-            x, y, return_dict=return_dict
-        )
-        for return_dict in (False, True)
-    )
+    model = models.make_model(metrics=["accuracy"])
+    rewind = models.rewinder(model)
+    as_list = model.train_on_batch(x, y)
+    rewind()
+    as_dict = model.train_on_batch(x, y, return_dict=True)
     names = ["loss", "accuracy", "population_loss", "nonfinite_members"]
     assert list(map(float, as_list)) == [float(as_dict[n]) for n in names]
 
@@ -211,6 +210,8 @@ def test_an_overridden_compute_loss_without_y(kind):
     model = kind()
     model.compile(optimizer=models.make_optimizer())
     x = models.make_data(32)[0]
+    model(x)
+    model.optimizer.build(model.trainable_variables)
     history = models.fit(model, x, epochs=12)
     assert history["loss"][-1] < 0.5 * history["loss"][0] < 100
     if kind is OwnLossInTraining:
@@ -329,6 +330,7 @@ def test_dictionary_inputs():
     joined = keras.layers.Concatenate()([inputs["a"], inputs["b"]])
     model = keras_vo.VOModel(inputs, keras.layers.Dense(1)(joined))
     model.compile(optimizer=models.make_optimizer(), loss="mse")
+    model.optimizer.build(model.trainable_variables)
     history = models.fit(
         model, {"a": x[:, :2], "b": x[:, 2:]}, x[:, :1], epochs=6
     )
