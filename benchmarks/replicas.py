@@ -239,10 +239,10 @@ def bytes_cell():
 def efficiency_cell():
     cases = {
         "MLP 784-128-10": {"population_size": 512, "batch": 128},
-        "CNN": {"network": "cnn", "population_size": 128, "batch": 32},
+        "CNN": {"network": "cnn", "population_size": 512, "batch": 128},
     }
     for name, case in cases.items():
-        for exchange in ("auto", "fitness"):
+        for exchange in ("auto", "fitness"):  # auto: gradient, here
             job = {"job": "step", "exchange": exchange} | case
             ratios, times = [], []
             for _ in range(FLAGS.rounds):

@@ -34,6 +34,9 @@ EXCHANGES = ("auto", "fitness", "gradient")
 class CostModel:
     """Rates, from which the time of a step follows.
 
+    The defaults are those of workers of one CPU core and of TensorFlow's
+    all-reduce on a network of 10 Gbit/s: BUILD_NOTES.md, "Replicas".
+
     Attributes:
         normals: normals drawn a second.
         sums: numbers of noise summed into the gradient a second.
@@ -43,12 +46,12 @@ class CostModel:
         bandwidth: bytes a second from one machine to the next.
     """
 
-    normals: float = 1.4e8
-    sums: float = 1e9
-    evaluation: float = 1e10
-    overhead: float = 5e-3
-    latency: float = 1e-4
-    bandwidth: float = 1.25e9  # 10 Gbit/s
+    normals: float = 1.2e8
+    sums: float = 1e8
+    evaluation: float = 5.5e10
+    overhead: float = 2.5e-3
+    latency: float = 8e-4
+    bandwidth: float = 3.4e8
 
     def message(self, numbers: float, replicas: int) -> float:
         """Seconds of a ring all-reduce of numbers of 4 bytes."""
@@ -121,7 +124,7 @@ class CostModel:
 
 def cost_model(network: bool) -> CostModel:
     """The default: of a network, or of the memory of one machine."""
-    return CostModel() if network else CostModel(latency=1e-5, bandwidth=1e10)
+    return CostModel() if network else CostModel(latency=1e-4, bandwidth=5e9)
 
 
 def checked_exchange(exchange: str) -> str:
