@@ -7,6 +7,7 @@ what they were told, so that each ends with an error that names the worker.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ __all__ = ["Cluster", "meet"]
 
 _JOBS = ("chief", "worker")
 _NOTHING = "nothing from"
+_LONGEST = 2**20  # bytes of a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,36 +124,36 @@ def _host_meeting(
     cluster: Cluster, own: dict[str, Any], deadline: float, timeout: float
 ) -> str:
     """Hears all workers, and tells them whether they agree with this one."""
-    host, port = _host_and_port(cluster.addresses[0])
-    guests: dict[int, socket.socket] = {}
+    guests: list[socket.socket] = []
     problems: list[str] = []
     missing = set(range(1, len(cluster.names)))
-    with socket.create_server(("", port), reuse_port=False) as server:
-        while missing and not problems:
+    with _server(_host_and_port(cluster.addresses[0])[1]) as server:
+        while missing:
             server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
-                told = json.loads(connection.makefile().readline())
             except TimeoutError:
                 names = [cluster.names[i] for i in sorted(missing)]
                 problems.append(
                     f"{_NOTHING} {', '.join(names)} within {timeout} seconds"
                 )
                 break
-            except ValueError:  # not one of us
+            told = _heard(connection)
+            if told is None:  # not one of us
                 connection.close()
                 continue
-            problems += _differences(cluster, own, told)
-            if told["index"] not in missing and not problems:
-                problems.append(
-                    f"two processes that are worker {told['index']}"
-                )
-            guests[len(guests)] = connection
+            guests.append(connection)
+            differences = _differences(cluster, own, told)
+            if told["index"] not in missing and not differences:
+                differences = [f"two processes that are worker {told['index']}"]
             missing.discard(told["index"])
-        problem = "; ".join(problems)
-        for connection in guests.values():
-            with connection:
+            problems += differences
+            if differences:  # the others shall hear of it, if they are there
+                deadline = min(deadline, time.monotonic() + 5)
+        differing = [p for p in problems if not p.startswith(_NOTHING)]
+        problem = "; ".join(differing or problems)
+        for connection in guests:
+            with connection, contextlib.suppress(OSError):
                 connection.sendall(json.dumps(problem).encode() + b"\n")
     return problem
 
@@ -161,24 +163,48 @@ def _attend_meeting(
 ) -> str:
     """Tells the first worker what this one was told, and hears its verdict."""
     address = _host_and_port(cluster.addresses[0])
+    cause: Exception | None = None
     while True:
         try:
             with socket.create_connection(address, timeout=1) as connection:
                 connection.sendall(json.dumps(own).encode() + b"\n")
                 # It answers when it has heard all, or its own time is over.
                 connection.settimeout(timeout + 10)
-                answer = connection.makefile().readline()
-                if answer:
-                    return str(json.loads(answer))
-        except OSError:
-            pass
+                with connection.makefile("rb") as answers:
+                    answer = json.loads(answers.readline(_LONGEST))
+                if isinstance(answer, str):
+                    return answer
+                cause = ValueError(f"an answer that is no string: {answer!r}")
+        except (OSError, ValueError) as error:
+            cause = error
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"Expected {cluster.names[0]} to answer at "
                 f"{cluster.addresses[0]}. Received: no answer to "
-                f"{cluster.names[cluster.index]} within {timeout} seconds"
-            )
+                f"{cluster.names[cluster.index]} within {timeout} seconds "
+                f"({type(cause).__name__}: {cause})"
+            ) from cause
         time.sleep(0.1)
+
+
+def _server(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True
+        )
+    return socket.create_server(("", port))
+
+
+def _heard(connection: socket.socket) -> dict[str, Any] | None:
+    """What a worker says of itself; `None`: it is no worker."""
+    connection.settimeout(5)
+    try:
+        with connection.makefile("rb") as lines:
+            told = json.loads(lines.readline(_LONGEST))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(told, dict) and isinstance(told.get("index"), int)
+    return told if known else None
 
 
 def _differences(
@@ -197,4 +223,4 @@ def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host:
         raise ValueError(f"address {address!r} without host and port")
-    return host, int(port)
+    return host.strip("[]"), int(port)

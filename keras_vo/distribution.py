@@ -20,6 +20,7 @@ import tensorflow as tf
 from keras_vo import checks, cluster
 
 __all__ = [
+    "DistributedIterator",
     "Replicas",
     "check_created_in_scope",
     "compare_workers",
@@ -34,9 +35,13 @@ __all__ = [
     "multi_worker_strategy",
     "on_each_replica",
     "take_gradients_as_they_are",
+    "undivided_losses",
     "wait_for_workers",
     "worker_name",
 ]
+
+
+DistributedIterator = tf.distribute.DistributedIterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,10 @@ def current_strategy() -> Any:
         return None
     strategy = tf.distribute.get_strategy()
     unsupported = {
-        "TPUStrategy": tf.distribute.TPUStrategy,
+        "TPUStrategy": (
+            tf.distribute.TPUStrategy,
+            tf.distribute.experimental.TPUStrategy,
+        ),
         "ParameterServerStrategy": tf.distribute.ParameterServerStrategy,
         "CentralStorageStrategy": (
             tf.distribute.experimental.CentralStorageStrategy
@@ -105,9 +113,10 @@ def current_replicas() -> Replicas:
 
 def is_multi_worker(strategy: Any) -> bool:
     """Whether replicas are in several processes, with a network between."""
-    return isinstance(
-        strategy, tf.distribute.MultiWorkerMirroredStrategy
-    ) and bool(strategy.cluster_resolver.cluster_spec().as_dict())
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return False
+    jobs = strategy.cluster_resolver.cluster_spec().as_dict()
+    return sum(map(len, jobs.values())) > 1
 
 
 def check_created_in_scope(variables: Sequence[Any]) -> None:
@@ -162,6 +171,27 @@ def first_local(values: Any, strategy: Any = None) -> Any:
     return keras.tree.map_structure(
         lambda value: strategy.experimental_local_results(value)[0], values
     )
+
+
+@contextlib.contextmanager
+def undivided_losses() -> Iterator[None]:
+    """Lets Keras leave a mean as it is, and not divide it for a sum.
+
+    Under a strategy Keras divides means over the batch, but not numbers that a
+    loss function or an overridden `compute_loss` returns, by the number of
+    replicas. Private, since Keras offers no way around it.
+    """
+    from keras.src.losses import loss as module
+
+    names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+    functions = {name: getattr(module, name) for name in names}
+    for name in names:
+        setattr(module, name, lambda value: value)
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
 
 
 def take_gradients_as_they_are(optimizer: Any) -> None:

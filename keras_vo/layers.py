@@ -193,6 +193,25 @@ def convert_dense(model: Any, dense: str) -> None:
             layer.__class__ = KINDS[dense]
 
 
+def updated_weights(model: Any) -> list[Any]:
+    """Floating weights that the model's layers set themselves in training.
+
+    Those of frozen layers stay as they are.
+    """
+    frozen = {
+        id(variable)
+        for layer in model._flatten_layers()
+        if not layer.trainable
+        for variable in layer.variables
+    }
+    return [
+        variable
+        for variable in model.non_trainable_weights
+        if id(variable) not in frozen
+        and keras.backend.is_float_dtype(variable.dtype)
+    ]
+
+
 @contextlib.contextmanager
 def as_dense(model: Any) -> Iterator[None]:
     """Lets a model's layers be Dense, for a file that names their classes."""

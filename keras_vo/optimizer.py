@@ -202,8 +202,13 @@ class VOOptimizer(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        variables = list(variables)
+        with distribution.entered(self._strategy):
+            self._build(list(variables))
+
+    def _build(self, variables: list[Any]) -> None:
         checks.check_variables(variables)
+        if distribution.current_strategy() is not None:
+            _check_no_overwriting(self.inner_optimizer)
         self._layout = self.search_distribution.layout(variables)
         self._variable_ids = tuple(id(v) for v in variables)
         self._variable_names = tuple(checks.variable_name(v) for v in variables)
@@ -695,6 +700,17 @@ def find_vo_optimizer(optimizer: Any) -> VOOptimizer | None:
     while optimizer is not None and not isinstance(optimizer, VOOptimizer):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
+
+
+def _check_no_overwriting(inner: Any) -> None:
+    frequency = getattr(inner, "ema_overwrite_frequency", None)
+    if frequency is not None:
+        raise ValueError(
+            "`ema_overwrite_frequency` of the inner optimizer must be None "
+            "under a tf.distribute strategy: Keras can't overwrite weights in "
+            "a replica's step (keras#20582). (At the end of `fit` they are.) "
+            f"Received: ema_overwrite_frequency={frequency}"
+        )
 
 
 def _checked_inner(inner: Any, max_kl: float | None) -> Any:

@@ -88,7 +88,9 @@ def shaped_where_evaluated(
 
     Those take part in the shaping with the losses of other draws, in turn,
     and have the utility 0. The utilities of the others are scaled such that
-    1/N sum_n u_n z_n is the mean over those that were evaluated.
+    1/N sum_n u_n z_n is the mean over those that were evaluated. (With
+    "identity" and M evaluated, what pairs have in common is weighted by
+    N (M - signs) / (M (N - signs)): stand-ins are no other members.)
 
     Args:
         shape_fitness: from losses [N] to utilities [N].

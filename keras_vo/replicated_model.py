@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ else:
 class ReplicatedModel(_KerasModel):
     """Mixin: `fit`, `evaluate` and `predict` under tf.distribute."""
 
-    train_function: Any  # Keras's attribute
+    jit_compile: bool  # Keras's property
     steps_per_execution: int  # Keras's attribute
 
     @property
@@ -61,8 +60,8 @@ class ReplicatedModel(_KerasModel):
         strategy = self.made_under
         if not distribution.is_multi_worker(strategy):
             return super().fit(*args, **kwargs)
-        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
-        self._facts = {"epochs": given.get("epochs", 1)}
+        bound = inspect.signature(super().fit).bind(*args, **kwargs)
+        given = bound.arguments
         callbacks = _as_list(given.get("callbacks"))
         _make_directories(callbacks)
         backups = [
@@ -70,15 +69,47 @@ class ReplicatedModel(_KerasModel):
             for callback in callbacks
             if isinstance(callback, keras.callbacks.BackupAndRestore)
         ]
-        with distribution.lost_workers_explained(strategy):
-            with _kept(backups):
-                history = super().fit(*args, **kwargs)
-            # Not before all have written their last backup.
-            distribution.wait_for_workers(strategy)
+        self._facts = {
+            "epochs": given.get("epochs", 1),
+            "validation_freq": given.get("validation_freq", 1),
+            "validation": given.get("validation_data") is not None
+            or bool(given.get("validation_split")),
+        }
+        compare = keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: self._compare_workers()
+        )
+        if isinstance(given.get("callbacks"), keras.callbacks.CallbackList):
+            given["callbacks"].append(compare)
+        else:
+            given["callbacks"] = [*callbacks, compare]
+        try:
+            with distribution.lost_workers_explained(strategy):
+                with _kept(backups):
+                    history = super().fit(*bound.args, **bound.kwargs)
+                # Not before all have written their last backup.
+                distribution.wait_for_workers(strategy)
+        finally:
+            self._facts = None
         for backup in backups:
             if backup.delete_checkpoint:
-                shutil.rmtree(backup.backup_dir, ignore_errors=True)
+                _remove(backup.backup_dir)
         return history
+
+    def _compare_workers(self) -> None:
+        """Before the first step, when a backup has been restored."""
+        distribution.compare_workers(
+            self.made_under,
+            (self._facts or {})
+            | {
+                # Where BackupAndRestore lets Keras begin.
+                "initial_epoch": self._initial_epoch,
+                "steps_per_execution": self.steps_per_execution,
+                "weights": [list(v.shape) for v in self.weights],
+                "values of weights": _digest(self.weights),
+                "state of the search": _digest(self.optimizer.variables),
+                **_without_names(self.optimizer.get_config()),
+            },
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras."""
@@ -89,36 +120,25 @@ class ReplicatedModel(_KerasModel):
         finally:
             self._evaluating = False
 
-    def make_train_function(self, force: bool = False) -> Any:
-        """As in Keras; several workers are compared before the first step."""
-        before = self.train_function
-        super().make_train_function(force)
-        function = self.train_function
-        if function is before or not distribution.is_multi_worker(
-            self.made_under
-        ):
-            return function
-
-        def compared(iterator: Any) -> Any:
-            if self._facts is not None:
-                facts, self._facts = self._facts, None
-                distribution.compare_workers(
-                    self.made_under, facts | self._facts_of_the_search()
-                )
-            return function(iterator)
-
-        self.train_function = compared
-        return compared
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras."""
+        with distribution.lost_workers_explained(self.made_under):
+            return super().predict(*args, **kwargs)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; all workers may save to the same place."""
+        plain = not args and kwargs.get("zipped") is not False
+        if not plain or not kwargs.get("overwrite", True):
+            return super().save(filepath, *args, **kwargs)
         with self._replaced(filepath) as path:
-            return super().save(path, *args, **kwargs)
+            return super().save(path, **kwargs)
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; all workers may save to the same place."""
+        if args or not kwargs.get("overwrite", True):
+            return super().save_weights(filepath, *args, **kwargs)
         with self._replaced(filepath) as path:
-            return super().save_weights(path, *args, **kwargs)
+            return super().save_weights(path, **kwargs)
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; of several workers, only the first writes."""
@@ -141,19 +161,11 @@ class ReplicatedModel(_KerasModel):
         written = target.with_name(
             f"{distribution.worker_name(strategy)}-{target.name}"
         )
-        yield str(written)
-        os.replace(written, target)
-
-    def _facts_of_the_search(self) -> dict[str, Any]:
-        """What has to be the same on all workers, by name."""
-        return {
-            "initial_epoch": self._initial_epoch,
-            "steps_per_execution": self.steps_per_execution,
-            "weights": [list(v.shape) for v in self.weights],
-            "values of weights": _digest(self.weights),
-            "state of the search": _digest(self.optimizer.variables),
-            **self.optimizer.get_config(),
-        }
+        try:
+            yield str(written)
+            os.replace(written, target)
+        finally:
+            written.unlink(missing_ok=True)
 
     def _maybe_symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
@@ -188,14 +200,24 @@ class ReplicatedModel(_KerasModel):
             return super()._make_function(step)
         if distribution.is_multi_worker(self.made_under):
             step = _with_first_axis(step)
-        one_step = super()._make_function(step)
+        # XLA can compile neither sums over replicas nor what is around them.
+        jit_compile, self.jit_compile = self.jit_compile, False
+        try:
+            one_step = super()._make_function(step)
+        finally:
+            self.jit_compile = jit_compile
 
         def function(iterator: Any) -> Any:
+            is_dataset = isinstance(
+                iterator, (tf.data.Iterator, distribution.DistributedIterator)
+            )
             steps, self.steps_per_execution = self.steps_per_execution, 1
             outputs = None
             try:
                 for _ in range(steps):
-                    outputs = one_step(iterator)
+                    outputs = one_step(
+                        iterator if is_dataset else iter([next(iterator)])
+                    )
             except (StopIteration, tf.errors.OutOfRangeError):
                 if outputs is None:
                     raise
@@ -223,10 +245,26 @@ def _make_directories(callbacks: list[Any]) -> None:
     """Makes those that callbacks write to: in Keras, a second worker fails."""
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.BackupAndRestore):
-            os.makedirs(callback.backup_dir, exist_ok=True)
+            tf.io.gfile.makedirs(callback.backup_dir)
         elif isinstance(callback, keras.callbacks.ModelCheckpoint):
             directory = os.path.dirname(callback.filepath)
-            os.makedirs(directory or ".", exist_ok=True)
+            if directory and "{" not in directory:
+                tf.io.gfile.makedirs(directory)
+
+
+def _remove(directory: Any) -> None:
+    """Removes a directory that another worker may be removing."""
+    try:
+        tf.io.gfile.rmtree(str(directory))
+    except tf.errors.NotFoundError:
+        pass
+
+
+def _without_names(config: Any) -> Any:
+    """Without what counts the objects that a process has made."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _without_names(v) for k, v in config.items() if k != "name"}
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -216,15 +216,15 @@ class SearchSpaces:
                 `None`: each replica sums over its own, and these are added.
         """
         pairs = list(estimators.pair_utilities(utilities, signs == 2))
+        # Each example counts the same, by how many members it was seen.
+        scale = share.counts / (signs * share.size)
         own = [
-            tf.stack(tf.split(by_example, signs), axis=1)
+            scale * tf.stack(tf.split(by_example, signs), axis=1)
             for by_example in example_utilities  # [draws, signs, batch]
         ]
-        if not share.counts:
-            own = [tf.zeros_like(u) for u in own]
-        # How many members were evaluated on how many examples, in all.
         examples = [
-            tf.cast(share.counts * tf.size(u), utilities.dtype) for u in own
+            tf.cast(share.counts * tf.shape(u)[1], utilities.dtype)
+            for u in example_utilities
         ]
         if whole is None:
             weights = [*map(share.take, pairs), *own]

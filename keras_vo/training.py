@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo import distribution, noise, per_example
-from keras_vo.layers import as_dense
+from keras_vo.layers import as_dense, updated_weights
 from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
 from keras_vo.perturbation import Recording, entered
 from keras_vo.replicated_model import ReplicatedModel
@@ -115,6 +115,7 @@ class VOTrainStep(ReplicatedModel):
             loss = self._training_loss(x, y, y_pred, sample_weight)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
         batch_size = tf.shape(inputs[0])[0]
+        self._average_statistics(batch_size)
         example_weights: Any = 1.0
         if recording.sites:
             some_input = tf.convert_to_tensor(inputs[0])
@@ -252,6 +253,29 @@ class VOTrainStep(ReplicatedModel):
             own = noise.draw_seed(seed, tf.constant(-1 - index, tf.int64))
             state.assign(tf.bitcast(own, tf.uint32))
 
+    def _average_statistics(self, batch_size: tf.Tensor) -> None:
+        """Gives all replicas the mean of what the mean network's pass updated.
+
+        That is, of moving statistics (BatchNorm), by examples.
+        """
+        replicas = distribution.current_replicas()
+        if replicas.count == 1:
+            return
+        updated = updated_weights(self)
+        if not updated:
+            return
+        weight = tf.cast(batch_size, tf.float32)
+        sums = replicas.sum(
+            [
+                tf.where(batch_size > 0, weight * tf.cast(v, tf.float32), 0.0)
+                for v in updated
+            ]
+            + [weight]
+        )
+        examples = sums.pop()
+        for variable, total in zip(updated, sums, strict=True):
+            variable.assign(tf.cast(total / examples, variable.dtype))
+
     def _call_in_training(self, x: Any) -> Any:
         if "training" in inspect.signature(self.call).parameters:
             return self(x, training=True)
@@ -263,12 +287,10 @@ class VOTrainStep(ReplicatedModel):
         kwargs = {}
         if "training" in inspect.signature(self.compute_loss).parameters:
             kwargs["training"] = True
-        loss = self.compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
-        )
-        # Keras has divided it, for a sum over replicas.
-        replicas = distribution.current_replicas().count
-        return loss if replicas == 1 or loss is None else loss * replicas
+        with distribution.undivided_losses():
+            return self.compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
+            )
 
     def _example_losses(
         self, *data: Any, inputs: tf.Tensor | None = None
@@ -285,6 +307,8 @@ class VOTrainStep(ReplicatedModel):
     def _example_weights(self, *data: Any, inputs: tf.Tensor) -> Any:
         """The examples' weights [batch], of mean 1; 1 if there are none.
 
+        The mean is that over all replicas.
+
         Weights of losses may be negative: they count by their size.
         """
         with keras.StatelessScope():  # no update of metrics
@@ -292,7 +316,11 @@ class VOTrainStep(ReplicatedModel):
         if not weights:
             return 1.0
         total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
-        return tf.math.divide_no_nan(total, tf.reduce_mean(total))
+        # Their mean over the examples of all replicas.
+        weight, examples = distribution.current_replicas().sum(
+            [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
+        )
+        return tf.math.divide_no_nan(total, weight / examples)
 
     def _check_no_added_losses(self, added: list[Any]) -> None:
         if added:

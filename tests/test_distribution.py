@@ -316,6 +316,66 @@ def test_eagerly():
     assert_same_training(mirrored(2), run_eagerly=True)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "compute_loss"])
+def test_losses_that_keras_does_not_divide(kind):
+    """Whatever returns the loss: with the regularizer, it is one replica's."""
+
+    class Model(keras_vo.VOSequential):
+        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            if kind == "compute_loss":
+                loss += tf.reduce_mean((y_pred - 1) ** 2)
+            return loss
+
+    results = []
+    x, y = data(16)
+    for strategy in (None, mirrored(2)):
+        keras.utils.set_random_seed(2)
+        with scope(strategy):
+            model = Model(
+                [
+                    keras.Input((4,)),
+                    keras.layers.Dense(2, kernel_regularizer="l2"),
+                ]
+            )
+            model.compile(
+                optimizer=keras_vo.VOOptimizer(
+                    keras.optimizers.SGD(0.1),
+                    population_size=8,
+                    seed=1,
+                    fitness_shaping="identity",
+                ),
+                loss=LOSS
+                if kind == "compute_loss"
+                else lambda y_true, y_pred: tf.reduce_max(y_pred),
+            )
+        logs = [model.train_on_batch(x, y) for _ in range(3)]
+        results.append([np.array(logs), *model.get_weights()])
+    assert_close(results[1], results[0])
+
+
+def test_batch_methods_validation_and_xla():
+    """With steps_per_execution, of which a single batch is one."""
+    x, y = data(16)
+    logs = []
+    for strategy in (None, mirrored(2)):
+        keras.utils.set_random_seed(2)
+        with scope(strategy):
+            model = keras_vo.VOSequential(
+                [keras.Input((4,)), keras.layers.Dense(2)]
+            )
+            model.compile(
+                optimizer=keras_vo.VOOptimizer(population_size=4, seed=1),
+                loss=LOSS,
+                steps_per_execution=2,
+                jit_compile=True,
+            )
+        logs.append([*model.train_on_batch(x, y), model.test_on_batch(x, y)])
+        history = model.fit(x, y, verbose=0, validation_data=(x, y)).history
+        assert np.isfinite(history["val_loss"]).all()
+    np.testing.assert_allclose(logs[0], logs[1], rtol=1e-5)
+
+
 def test_two_losses_and_sample_weights():
     x, y = data()
     weights = np.linspace(0, 2, len(x)).astype("float32")
@@ -395,6 +455,55 @@ def test_replicas_without_examples():
     np.testing.assert_allclose(
         evaluated[1], np.mean(predicted.argmax(1) == y), rtol=1e-6
     )
+
+
+def test_moving_statistics_of_shards():
+    """All replicas have the mean over all examples, empty shards or not."""
+    x, y = data(13)
+    x += 1
+    strategy = mirrored(3)
+    model, _ = trained(
+        strategy,
+        layers=lambda: [keras.layers.BatchNormalization(momentum=0.5)],
+        batches=tf.data.Dataset.from_tensor_slices((x, y)).batch(4),
+    )
+    mean = np.zeros(4)
+    for _ in range(7):
+        for batch in np.split(x, [4, 8, 12]):
+            mean = 0.5 * mean + 0.5 * batch.mean(0)
+    np.testing.assert_allclose(
+        model.layers[0].moving_mean.numpy(), mean, rtol=1e-4
+    )
+    assert np.isfinite(model.evaluate(x, y, batch_size=4, verbose=0)).all()
+
+
+def test_weights_of_examples_on_other_shards():
+    """Linear loss; the second shard's examples have a thousand times the
+    weight of the first's. Ranks know no weights: were they of mean 1 on each
+    shard, both would count the same."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        model = keras_vo.VOSequential(
+            [
+                keras.Input((2,)),
+                keras_vo.layers.LocalReparamDense(
+                    1, kernel_initializer="zeros", use_bias=False
+                ),
+            ]
+        )
+        model.compile(
+            optimizer=keras_vo.VOOptimizer(
+                keras.optimizers.SGD(1.0), population_size=256, seed=0
+            ),
+            loss=lambda y_true, y_pred: y_pred,
+        )
+    x = np.float32([[1, 0], [1, 0], [0, 1], [0, 1]])
+    weights = np.float32([1e-3, 1e-3, 1, 1])
+    batches = tf.data.Dataset.from_tensors((x, 0 * x[:, :1], weights))
+    model.fit(batches, shuffle=False, verbose=0)
+    light, heavy = model.get_weights()[0].ravel()
+    assert heavy < 0
+    assert abs(light) < 0.02 * abs(heavy)
 
 
 LAYERS = {
@@ -614,6 +723,26 @@ def test_callbacks_saving_and_resuming(tmp_path):
     np.testing.assert_allclose(served, loaded.predict(x, verbose=0), rtol=1e-5)
 
 
+def test_weights_are_loaded_before_training_and_outside_of_the_scope(tmp_path):
+    model, _ = trained(mirrored(2))
+    model.save_weights(tmp_path / "model.weights.h5")
+    with mirrored(2).scope():
+        other = keras_vo.VOSequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(5, "relu"),
+                keras.layers.Dense(2),
+            ]
+        )
+        other.compile(
+            optimizer=keras_vo.VOOptimizer(population_size=10), loss=LOSS
+        )
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert int(other.optimizer.generations.numpy()) == 21
+    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 # --- errors ---
 
 
@@ -641,6 +770,16 @@ def test_what_is_made_outside_of_the_scope_is_refused():
         )
         with pytest.raises(ValueError, match=r"strategy\.scope"):
             model.fit(x, y, verbose=0)
+
+
+def test_overwriting_by_the_average_is_refused():
+    with mirrored(2).scope():
+        w = tf.Variable([1.0])
+        optimizer = keras_vo.VOOptimizer(
+            keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=2)
+        )
+        with pytest.raises(ValueError, match="ema_overwrite_frequency=2"):
+            optimizer.build([w])
 
 
 def test_an_optimizer_is_built_before_replicas_run():

@@ -256,6 +256,43 @@ def test_two_processes_that_are_the_same_worker():
     assert "two processes that are worker 1" in str(errors[0])
 
 
+def test_strangers_do_not_disturb_the_meeting():
+    """A silent one, one that is gone, one that says something else."""
+    first, second = clusters(2)
+    raised = []
+    host = threading.Thread(target=lambda: raised.extend(meet(first)))
+    host.start()
+    address = ("localhost", int(first.addresses[0].rpartition(":")[2]))
+    strangers = []
+    for words in (None, b"", b"GET / HTTP/1.1\r\n\r\n", b'{"index": []}\n'):
+        while True:
+            try:
+                stranger = socket.create_connection(address)
+                break
+            except OSError:
+                time.sleep(0.05)
+        strangers.append(stranger)
+        if words is not None:
+            stranger.sendall(words)
+            stranger.close()
+    assert meet(second) == [None]
+    host.join()
+    assert raised == [None]
+    strangers[0].close()
+
+
+def test_an_address_in_brackets():
+    first, second = clusters(2)
+    port = first.addresses[0].rpartition(":")[2]
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    addresses = (f"[::1]:{port}", second.addresses[1])
+    both = [
+        cluster_lib.Cluster(first.names, addresses, index) for index in (0, 1)
+    ]
+    assert meet(*both) == [None, None]
+
+
 @pytest.mark.parametrize(
     ("config", "received"),
     [
