@@ -12,8 +12,9 @@ Cells:
                     population and have the same batch: the same total work
     reconstruction  time to draw and sum the noise again, and to all-reduce a
                     gradient instead
-    model           keras_vo.exchange.CostModel, fitted to times of steps and
-                    compared with others
+    model           keras_vo.exchange.CostModel, fitted to times of steps, of
+                    reconstructions and of all-reduces; and to half of the
+                    steps, to predict the others
 """
 
 import json
@@ -48,6 +49,9 @@ flags.DEFINE_string("jobs", None, "Internal: what a worker measures, JSON.")
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 # Numbers of weights: 784 h + h + 10 h + 10.
 HIDDEN = {13: 10345, 64: 50890, 128: 101770, 512: 407050}
+
+
+_TIMES = ("overhead", "latency")  # of the cost model; the others are rates
 
 
 # --- in a worker ---
@@ -281,8 +285,8 @@ def reconstruction_cell(draws=16):
         }
 
 
-def model_cell():
-    """Fits on every other step, and predicts the rest."""
+def model_cell(draws=16):
+    """Fits on all times; then on every other step, to predict the rest."""
     cases = [
         (workers, exchange, size, hidden, batch)
         for hidden in (13, 64, 128, 512)
@@ -293,7 +297,12 @@ def model_cell():
             (2, "gradient"),
         ]
     ]
-    times = {}
+    sizes = [10**4, 10**5, 10**6]
+    parts = {
+        1: [{"job": "reconstruct", "size": n, "draws": draws} for n in sizes],
+        2: [{"job": "all_reduce", "size": n} for n in sizes],
+    }
+    steps, others = [], []
     for workers in (1, 2):
         own = [case for case in cases if case[0] == workers]
         jobs = [
@@ -303,67 +312,68 @@ def model_cell():
                 "population_size": size,
                 "hidden": hidden,
                 "batch": batch,
-                "repeats": 7,
             }
             for _, exchange, size, hidden, batch in own
         ]
-        measured = measure(workers, jobs)
-        times |= {c: t for c, (t, _) in zip(own, measured, strict=True)}
-    fitted = fit({c: times[c] for c in cases[::2]})
-    for case in cases:
+        seconds = [t for t, _ in measure(workers, jobs + parts[workers])]
+        steps += zip(own, seconds[: len(own)], strict=True)
+        others += zip(sizes, seconds[len(own) :], strict=True)
+
+    def step(case):
         workers, exchange, size, hidden, batch = case
-        predicted = fitted.step(exchange, size, HIDDEN[hidden], batch, workers)
+        return lambda costs: costs.step(
+            exchange, size, HIDDEN[hidden], batch, workers
+        )
+
+    def rows(cases_and_seconds):
+        return [(step(case), t) for case, t in cases_and_seconds]
+
+    reconstructions, all_reduces = others[: len(sizes)], others[len(sizes) :]
+    components = [
+        (lambda c, n=n: draws * n * (1 / c.normals + 1 / c.sums), t)
+        for n, t in reconstructions
+    ] + [(lambda c, n=n: c.message(n, 2), t) for n, t in all_reduces]
+    fitted = fit(rows(steps) + components)
+    of_half = fit(rows(steps[::2]) + components)
+    for index, (case, seconds) in enumerate(steps):
+        workers, exchange, size, hidden, batch = case
         yield {
             "workers": workers,
             "exchange": exchange,
             "N": size,
             "d": HIDDEN[hidden],
             "batch": batch,
-            "ms": round(1e3 * times[case], 1),
-            "predicted_ms": round(1e3 * predicted, 1),
-            "error": round(predicted / times[case] - 1, 3),
-            "fitted": case in cases[::2],
+            "ms": round(1e3 * seconds, 1),
+            "error": round(step(case)(fitted) / seconds - 1, 3),
+            "of_half": round(step(case)(of_half) / seconds - 1, 3),
+            "held_out": index % 2 == 1,
         }
     yield {"model": {k: float(f"{v:.3g}") for k, v in vars(fitted).items()}}
 
 
-def fit(times):
+def fit(rows):
     """The cost model with the least sum of squares of relative errors.
 
-    The time of a step is linear in the overhead, the latency and the inverse
-    of each rate, which are not negative.
+    Times are linear in the overhead, the latency and the inverse of each rate,
+    which are not negative.
+
+    Args:
+        rows: pairs of a function from a CostModel to seconds, and seconds.
     """
     names = list(vars(CostModel()))
-
-    def terms(case):
-        """The step's time if one cost is 1 and all others are nothing."""
-        workers, exchange, size, hidden, batch = case
-        row = []
-        for name in names:
-            costs = dict.fromkeys(names, np.inf)
-            costs |= {"overhead": 0.0, "latency": 0.0, name: 1.0}
-            row.append(
-                CostModel(**costs).step(
-                    exchange, size, HIDDEN[hidden], batch, workers
-                )
-            )
-        return np.array(row) / times[case]
-
+    free = {name: 0.0 if name in _TIMES else np.inf for name in names}
+    single = [CostModel(**free | {name: 1.0}) for name in names]
     solution, _ = scipy.optimize.nnls(
-        np.stack([terms(case) for case in times]), np.ones(len(times))
+        np.array([[f(costs) / t for costs in single] for f, t in rows]),
+        np.ones(len(rows)),
     )
-    return CostModel(
-        **{
-            name: float(
-                value
-                if name in ("overhead", "latency")
-                else np.inf
-                if value == 0
-                else 1 / value
-            )
-            for name, value in zip(names, solution, strict=True)
-        }
-    )
+    with np.errstate(divide="ignore"):
+        return CostModel(
+            **{
+                name: float(x if name in _TIMES else 1 / x)
+                for name, x in zip(names, solution, strict=True)
+            }
+        )
 
 
 CELLS = {

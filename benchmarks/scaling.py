@@ -31,6 +31,7 @@ flags.DEFINE_list("weights", ["1e4", "1e6", "1e8"], "Numbers of weights d.")
 flags.DEFINE_list("gigabits", ["1", "10", "100"], "Of the network, a second.")
 flags.DEFINE_float("normals", _COSTS.normals, "Drawn a second and worker.")
 flags.DEFINE_float("sums", _COSTS.sums, "Of noise, a second and worker.")
+flags.DEFINE_float("perturbed", _COSTS.perturbed, "Weights made a second.")
 flags.DEFINE_float(
     "evaluation", _COSTS.evaluation, "Weights times examples a second."
 )
@@ -38,7 +39,7 @@ flags.DEFINE_float("overhead", _COSTS.overhead, "Seconds of a step.")
 flags.DEFINE_float("latency", _COSTS.latency, "Seconds of a message.")
 flags.DEFINE_float(
     "software_bandwidth",
-    4.6e8,
+    7e8,
     "Bytes a second of TensorFlow's all-reduce on a network without end.",
 )
 flags.DEFINE_string(
@@ -56,6 +57,7 @@ def step_seconds(exchange, weights, gigabits, workers, tree=False):
     costs = CostModel(
         FLAGS.normals,
         FLAGS.sums,
+        FLAGS.perturbed,
         FLAGS.evaluation,
         FLAGS.overhead,
         latency,

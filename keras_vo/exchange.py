@@ -10,7 +10,7 @@ Two ways to the same gradient, of d weights and D draws on R replicas:
 A step takes, in seconds, with the fields of `CostModel` as rates,
 
     overhead                                    what does not depend on D
-    + (N / R) d |B| / evaluation                forward passes
+    + (N / R) d (1 / perturbed + |B| / evaluation)      members
     + (D / R) d / normals                       the noise of own draws
     + message(N)                                the losses
     + D d / normals + D d / sums                fitness: reconstruction
@@ -40,18 +40,20 @@ class CostModel:
     Attributes:
         normals: normals drawn a second.
         sums: numbers of noise summed into the gradient a second.
+        perturbed: weights of members made a second.
         evaluation: weights times examples evaluated a second.
         overhead: seconds of a step that depend on none of these.
         latency: seconds from one machine to the next.
         bandwidth: bytes a second from one machine to the next.
     """
 
-    normals: float = 1.2e8
-    sums: float = 1e8
-    evaluation: float = 5.5e10
-    overhead: float = 2.5e-3
-    latency: float = 8e-4
-    bandwidth: float = 3.4e8
+    normals: float = 7.5e7
+    sums: float = 1e9
+    perturbed: float = 5e8
+    evaluation: float = 4e10
+    overhead: float = 2e-3
+    latency: float = 6e-4
+    bandwidth: float = 4.5e8
 
     def message(self, numbers: float, replicas: int) -> float:
         """Seconds of a ring all-reduce of numbers of 4 bytes."""
@@ -112,10 +114,10 @@ class CostModel:
             antithetic: whether a draw serves two members.
         """
         draws = population_size // (2 if antithetic else 1)
-        passes = population_size / replicas * weights * batch_size
+        members = population_size / replicas * weights
         return (
             self.overhead
-            + passes / self.evaluation
+            + members * (1 / self.perturbed + batch_size / self.evaluation)
             + draws / replicas * weights / self.normals
             + self.message(population_size, replicas)
             + self.exchanged(exchange, draws, weights, weights, replicas)
