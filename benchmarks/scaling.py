@@ -39,7 +39,7 @@ flags.DEFINE_float("overhead", _COSTS.overhead, "Seconds of a step.")
 flags.DEFINE_float("latency", _COSTS.latency, "Seconds of a message.")
 flags.DEFINE_float(
     "software_bandwidth",
-    7e8,
+    4.7e8,
     "Bytes a second of TensorFlow's all-reduce on a network without end.",
 )
 flags.DEFINE_string(

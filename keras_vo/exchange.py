@@ -47,13 +47,13 @@ class CostModel:
         bandwidth: bytes a second from one machine to the next.
     """
 
-    normals: float = 7.5e7
+    normals: float = 7e7
     sums: float = 1e9
     perturbed: float = 5e8
-    evaluation: float = 4e10
-    overhead: float = 2e-3
-    latency: float = 6e-4
-    bandwidth: float = 4.5e8
+    evaluation: float = 5.3e10
+    overhead: float = 3.5e-3
+    latency: float = 8e-4
+    bandwidth: float = 3.4e8
 
     def message(self, numbers: float, replicas: int) -> float:
         """Seconds of a ring all-reduce of numbers of 4 bytes."""
