@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-__all__ = ["Share", "shaped_where_evaluated"]
+__all__ = ["Share", "shaped_where_evaluated", "was_evaluated"]
 
 
 @dataclasses.dataclass(frozen=True)
