@@ -34,7 +34,6 @@ __all__ = [
     "lost_workers_explained",
     "multi_worker_strategy",
     "on_each_replica",
-    "take_gradients_as_they_are",
     "undivided_losses",
     "wait_for_workers",
     "worker_name",
@@ -192,15 +191,6 @@ def undivided_losses() -> Iterator[None]:
     finally:
         for name, function in functions.items():
             setattr(module, name, function)
-
-
-def take_gradients_as_they_are(optimizer: Any) -> None:
-    """Lets a Keras optimizer apply gradients without summing over replicas.
-
-    In a replica it would add up those of all replicas, though each has the
-    whole gradient. Private, since Keras offers no way around the sum.
-    """
-    optimizer._all_reduce_sum_gradients = list
 
 
 def multi_worker_strategy(start_timeout: float = 600.0) -> Any:

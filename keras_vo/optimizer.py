@@ -27,6 +27,7 @@ import tensorflow as tf
 from keras_vo import checks, distribution, estimators
 from keras_vo import exchange as exchange_lib
 from keras_vo import fitness_shaping as shaping_lib
+from keras_vo import inner_optimizer as inner_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
 from keras_vo.chunks import ChunkPlan, NoiseSource
@@ -36,9 +37,6 @@ from keras_vo.replicas import Share, shaped_where_evaluated, was_evaluated
 from keras_vo.spaces import SearchSpaces
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
-
-# Of an inner optimizer given by name. BUILD_NOTES.md, "Defaults".
-_LEARNING_RATE = 0.02
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
@@ -167,8 +165,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 f"on `inner_optimizer`. Received: {kwargs}"
             )
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = _checked_inner(inner_optimizer, max_kl)
-        distribution.take_gradients_as_they_are(self.inner_optimizer)
+        self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
         self.population_size = checks.checked_size(population_size, antithetic)
         self.search_distribution = distribution_lib.get(search_distribution)
         self.natural_gradient = bool(natural_gradient)
@@ -208,7 +205,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
     def _build(self, variables: list[Any]) -> None:
         checks.check_variables(variables)
         if distribution.current_strategy() is not None:
-            _check_no_overwriting(self.inner_optimizer)
+            inner_lib.check_no_overwriting(self.inner_optimizer)
         self._layout = self.search_distribution.layout(variables)
         self._variable_ids = tuple(id(v) for v in variables)
         self._variable_names = tuple(checks.variable_name(v) for v in variables)
@@ -700,50 +697,3 @@ def find_vo_optimizer(optimizer: Any) -> VOOptimizer | None:
     while optimizer is not None and not isinstance(optimizer, VOOptimizer):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
-
-
-def _check_no_overwriting(inner: Any) -> None:
-    frequency = getattr(inner, "ema_overwrite_frequency", None)
-    if frequency is not None:
-        raise ValueError(
-            "`ema_overwrite_frequency` of the inner optimizer must be None "
-            "under a tf.distribute strategy: Keras can't overwrite weights in "
-            "a replica's step (keras#20582). (At the end of `fit` they are.) "
-            f"Received: ema_overwrite_frequency={frequency}"
-        )
-
-
-def _checked_inner(inner: Any, max_kl: float | None) -> Any:
-    identifier = inner
-    if isinstance(inner, str):
-        identifier = {
-            "class_name": inner,
-            "config": {"learning_rate": _LEARNING_RATE},
-        }
-    try:
-        inner = keras.optimizers.get(identifier)
-    except ValueError as error:
-        raise ValueError(
-            "`inner_optimizer` must be a Keras optimizer or the name of one, "
-            f"such as 'adam' or 'sgd'. Received: inner_optimizer={inner!r}"
-        ) from error
-    if isinstance(inner, (VOOptimizer, keras.optimizers.LossScaleOptimizer)):
-        raise ValueError(
-            "`inner_optimizer` must be a Keras optimizer that moves weights "
-            f"by a gradient. Received: inner_optimizer={inner!r}"
-        )
-    for option in ("gradient_accumulation_steps", "loss_scale_factor"):
-        if getattr(inner, option, None) is not None:
-            raise ValueError(
-                f"`{option}` of the inner optimizer must be None: each step "
-                "is a search gradient of its own, with no loss to scale and "
-                "none to accumulate (raise `population_size` instead). "
-                f"Received: {option}={getattr(inner, option)}"
-            )
-    if max_kl is not None and inner.use_ema:
-        raise ValueError(
-            "`max_kl` must be None where the inner optimizer keeps an EMA: "
-            "the average would hold steps that the bound took back. "
-            f"Received: max_kl={max_kl} and use_ema=True"
-        )
-    return inner

@@ -264,10 +264,12 @@ class VOTrainStep(ReplicatedModel):
         updated = updated_weights(self)
         if not updated:
             return
-        weight = tf.cast(batch_size, tf.float32)
+        wide = any(v.dtype == "float64" for v in updated)
+        dtype = tf.float64 if wide else tf.float32
+        weight = tf.cast(batch_size, dtype)
         sums = replicas.sum(
             [
-                tf.where(batch_size > 0, weight * tf.cast(v, tf.float32), 0.0)
+                tf.where(batch_size > 0, weight * tf.cast(v, dtype), 0)
                 for v in updated
             ]
             + [weight]

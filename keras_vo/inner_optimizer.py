@@ -1,0 +1,80 @@
+"""The Keras optimizer that moves the mean: checked, and made to fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+__all__ = ["check_no_overwriting", "checked_inner"]
+
+# Of an inner optimizer given by name. BUILD_NOTES.md, "Defaults".
+_LEARNING_RATE = 0.02
+
+
+def checked_inner(inner: Any, max_kl: float | None) -> Any:
+    """The inner optimizer, for gradients that need no sum over replicas.
+
+    Args:
+        inner: a Keras optimizer or the name of one.
+        max_kl: bound on the KL divergence of a step, or `None`.
+
+    Raises:
+        ValueError: it is none, wraps another one, or has options that cannot
+            work here.
+    """
+    identifier = inner
+    if isinstance(inner, str):
+        identifier = {
+            "class_name": inner,
+            "config": {"learning_rate": _LEARNING_RATE},
+        }
+    try:
+        inner = keras.optimizers.get(identifier)
+    except ValueError as error:
+        raise ValueError(
+            "`inner_optimizer` must be a Keras optimizer or the name of one, "
+            f"such as 'adam' or 'sgd'. Received: inner_optimizer={inner!r}"
+        ) from error
+    if hasattr(inner, "inner_optimizer"):  # VOOptimizer, loss scaling
+        raise ValueError(
+            "`inner_optimizer` must be a Keras optimizer that moves weights "
+            f"by a gradient. Received: inner_optimizer={inner!r}"
+        )
+    for option in ("gradient_accumulation_steps", "loss_scale_factor"):
+        if getattr(inner, option, None) is not None:
+            raise ValueError(
+                f"`{option}` of the inner optimizer must be None: each step "
+                "is a search gradient of its own, with no loss to scale and "
+                "none to accumulate (raise `population_size` instead). "
+                f"Received: {option}={getattr(inner, option)}"
+            )
+    if max_kl is not None and inner.use_ema:
+        raise ValueError(
+            "`max_kl` must be None where the inner optimizer keeps an EMA: "
+            "the average would hold steps that the bound took back. "
+            f"Received: max_kl={max_kl} and use_ema=True"
+        )
+    _take_gradients_as_they_are(inner)
+    return inner
+
+
+def check_no_overwriting(inner: Any) -> None:
+    """Raises if weights are to be overwritten by their average in a step."""
+    frequency = getattr(inner, "ema_overwrite_frequency", None)
+    if frequency is not None:
+        raise ValueError(
+            "`ema_overwrite_frequency` of the inner optimizer must be None "
+            "under a tf.distribute strategy: Keras can't overwrite weights in "
+            "a replica's step (keras#20582). (At the end of `fit` they are.) "
+            f"Received: ema_overwrite_frequency={frequency}"
+        )
+
+
+def _take_gradients_as_they_are(optimizer: Any) -> None:
+    """Lets a Keras optimizer apply gradients without summing over replicas.
+
+    In a replica it would add up those of all replicas, though each has the
+    whole gradient. Private, since Keras offers no way around the sum.
+    """
+    optimizer._all_reduce_sum_gradients = list
