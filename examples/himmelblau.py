@@ -27,6 +27,7 @@ import keras_vo
 matplotlib.use("agg")
 
 FLAGS = flags.FLAGS
+_BOUNDS = keras_vo.GaussianSearchDistribution()  # of sigma
 
 flags.DEFINE_list("start", ["0", "0"], "First mu: x,y.")
 flags.DEFINE_float("stddev", 1.0, "First sigma.")
@@ -235,16 +236,17 @@ def print_table(summaries):
                 f"{row['least']:.2g} to {row['greatest']:.2g}",
                 f"{row['sigma']:.2g}",
                 f"{row['distance']:.2g}",
-                "{:.2f}, {:.2f}".format(*row["position"]),
+                "{:.3g}, {:.3g}".format(*row["position"]),
             )
         )
 
 
 def check(condition, expected, name):
     if not condition:
-        raise app.UsageError(
-            f"Expected {expected}. Received: --{name}={FLAGS[name].value}"
-        )
+        value = FLAGS[name].value
+        if isinstance(value, list):
+            value = ",".join(value)
+        raise app.UsageError(f"Expected {expected}. Received: --{name}={value}")
 
 
 def checked_start():
@@ -258,7 +260,10 @@ def checked_start():
 
 
 def check_flags():
-    for name in ("stddev", "learning_rate", "regular_rate", "natural_rate"):
+    least, greatest = _BOUNDS.min_stddev, _BOUNDS.max_stddev
+    good = least <= FLAGS.stddev <= greatest
+    check(good, f"--stddev in [{least:g}, {greatest:g}]", "stddev")
+    for name in ("learning_rate", "regular_rate", "natural_rate"):
         value = FLAGS[name].value
         good = np.isfinite(value) and value > 0
         check(good, f"a positive, finite --{name}", name)
