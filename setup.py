@@ -13,7 +13,12 @@ VERSION = re.search(
 ).group(1)
 
 TEST = ["pytest>=8", "scipy", "hypothesis"]
-EXAMPLES = ["scikit-learn", "matplotlib", "gymnasium[classic-control]"]
+EXAMPLES = [
+    "scikit-learn",
+    "scipy",
+    "matplotlib",
+    "gymnasium[classic-control]",
+]
 TENSORBOARD = ["tensorboard"]
 
 setuptools.setup(
