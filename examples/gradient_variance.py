@@ -713,8 +713,8 @@ def plot_pairs(upper, lower, rows):
         style = style | {"color": "black", "markerfacecolor": "none", "lw": 1}
         upper.plot([], [], label=estimator, **style)
     upper.set(
-        title="(b) MLP 64-32-10 on 64 digits",
-        ylabel="total variance of dU/d\u03bc, (loss / weight)\u00b2",
+        title="(b) MLP 64-32-10 on 64 digits, dU/d\u03bc",
+        ylabel="total variance, (loss / weight)\u00b2",
         xscale="log",
         yscale="log",
     )
