@@ -1,9 +1,6 @@
 """examples/gradient_variance.py: predictions exactly, measurements nearly."""
 
-import contextlib
 import functools
-import importlib.util
-import io
 import itertools
 import os
 import pathlib
@@ -11,12 +8,12 @@ import re
 import subprocess
 import sys
 
+import example_scripts
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from absl import app
-from absl.testing import flagsaver
 
 import keras_vo
 from keras_vo import noise as noise_lib
@@ -24,23 +21,8 @@ from keras_vo import noise as noise_lib
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@functools.cache
-def example():
-    path = ROOT / "examples" / "gradient_variance.py"
-    spec = importlib.util.spec_from_file_location("gradient_variance", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*arguments):
-    """What the example prints, run in this process."""
-    module = example()
-    printed = io.StringIO()
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(printed):
-        module.FLAGS(["gradient_variance.py", *arguments])
-        module.main(["gradient_variance.py"])
-    return printed.getvalue()
+example = functools.partial(example_scripts.load, "gradient_variance")
+run = functools.partial(example_scripts.run, "gradient_variance")
 
 
 # --- predictions ---

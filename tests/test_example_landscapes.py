@@ -1,36 +1,14 @@
 """The examples in one and two dimensions: their numbers, tables and plots."""
 
-import functools
-import importlib.util
-import pathlib
 import re
 import struct
 
+import example_scripts
 import numpy as np
 import pytest
 import scipy.integrate
-from absl import app, flags
+from absl import app
 from absl.testing import flagsaver
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-@functools.cache
-def load(name):
-    """An example with flags of its own: all name theirs alike."""
-    own = flags.FlagValues()
-    path = EXAMPLES / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "FLAGS", own)
-        for kind in ("bool", "enum", "float", "integer", "list", "string"):
-            define = getattr(flags, f"DEFINE_{kind}")
-            define = functools.partial(define, flag_values=own)
-            patch.setattr(flags, f"DEFINE_{kind}", define)
-        spec.loader.exec_module(module)
-    own(["example"])
-    return module
 
 
 @pytest.fixture
@@ -39,18 +17,13 @@ def example():
     saved = []
 
     def get(name):
-        module = load(name)
+        module = example_scripts.load(name)
         saved.append((flagsaver.save_flag_values(module.FLAGS), module.FLAGS))
         return module
 
     yield get
     for values, own in saved:
         flagsaver.restore_flag_values(values, own)
-
-
-def run(module, *arguments):
-    module.FLAGS(["example", *arguments])
-    module.main(["example"])
 
 
 def png_size(path):
@@ -86,7 +59,7 @@ def test_himmelblau_starts_every_seed_anew(example):
     assert (first[1:] != second[1:]).all()
 
 
-def test_himmelblau_tells_the_methods_apart(example, capsys, tmp_path):
+def test_himmelblau_tells_the_methods_apart(tmp_path):
     """As in the source: natural << fixed < regular.
 
     Twenty seeds gave .29 to 1.3 (fixed), 4 to 39 (regular) and 7e-6 to .0045
@@ -94,8 +67,9 @@ def test_himmelblau_tells_the_methods_apart(example, capsys, tmp_path):
     three are further within. It would catch methods that are mixed up, sigma
     that is not adapted, or utilities of another scale.
     """
-    run(example("himmelblau"), "--seeds=3", f"--plot_dir={tmp_path / 'plots'}")
-    output = capsys.readouterr().out
+    output = example_scripts.run(
+        "himmelblau", "--seeds=3", f"--plot_dir={tmp_path / 'plots'}"
+    )
     rows = re.findall(
         r"^(ES|VO, \w+).*?  +([\d.e-]+)  +([\d.e-]+) to ([\d.e-]+)"
         r"  +([\d.]+)  +([\d.]+)  +([\d.-]+), ([\d.-]+)$",
@@ -206,9 +180,7 @@ def test_minimum_of_the_bound_moves_from_the_narrow_to_the_wide(example):
         assert (slopes[mu[1:] > 1.5] > 0).all() == monotonic
 
 
-def test_search_leaves_the_narrow_minimum_for_the_wide(
-    example, capsys, tmp_path
-):
+def test_search_leaves_the_narrow_minimum_for_the_wide(tmp_path):
     """From 2.25 by default: with sigma 2 to the wide one, with .1 it stays.
 
     Seeds 0 to 9 all ended there. It would catch a search that climbs, does not
@@ -216,8 +188,7 @@ def test_search_leaves_the_narrow_minimum_for_the_wide(
     """
     plots = tmp_path / "plots"
     arguments = "--stddevs=0.1", f"--plot_dir={plots}"
-    run(example("search_landscapes"), *arguments)
-    output = capsys.readouterr().out
+    output = example_scripts.run("search_landscapes", *arguments)
     number = r" +(-?[\d.]+)"
     rows = re.findall(
         rf"^{number * 3}  (\w+){number * 4}  (\w+)$", output, re.MULTILINE
@@ -263,7 +234,7 @@ def test_flags_name_what_was_expected_and_received(
     name, argument, expected, example
 ):
     with pytest.raises(app.UsageError) as caught:
-        run(example(name), argument)
+        example_scripts.run(name, argument)
     message = str(caught.value)
     assert f"Expected {expected}" in message
     assert message.endswith(f"Received: {argument}")

@@ -1,7 +1,5 @@
 """The examples and the README's code run, and say what they should."""
 
-import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,11 +7,11 @@ import re
 import subprocess
 import sys
 
+import example_scripts
 import numpy as np
 import pytest
 import tensorflow as tf
 from absl import app
-from absl.testing import flagsaver
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -91,23 +89,6 @@ def test_readme_code_runs(tmp_path):
     )
 
 
-@functools.cache
-def mnist():
-    path = ROOT / "examples" / "mnist.py"
-    spec = importlib.util.spec_from_file_location("mnist", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_mnist(*arguments):
-    """In this process: the import of TensorFlow takes as long as a run."""
-    example = mnist()
-    with flagsaver.flagsaver():
-        example.FLAGS(["mnist.py", *arguments])
-        example.main(["mnist.py"])
-
-
 @pytest.mark.slow
 # matplotlib's, where all test images are right: the script goes on as well.
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
@@ -122,9 +103,7 @@ def run_mnist(*arguments):
         ["--backpropagation"],
     ],
 )
-def test_mnist_runs_with_every_kind_of_layer(
-    arguments, tmp_path, monkeypatch, capsys
-):
+def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path, monkeypatch):
     """On images of squares in one of ten places; as a script, at first."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, size=1280).astype("uint8")
@@ -150,8 +129,7 @@ def test_mnist_runs_with_every_kind_of_layer(
         output = run(script, *arguments, cwd=tmp_path)
     else:
         monkeypatch.chdir(tmp_path)
-        run_mnist(*arguments)
-        output = capsys.readouterr().out
+        output = example_scripts.run("mnist", *arguments)
     accuracy = float(re.search(r"test accuracy +([\d.]+)", output).group(1))
     if learns:
         assert accuracy > 0.9
@@ -172,7 +150,7 @@ def test_mnist_runs_with_every_kind_of_layer(
 )
 def test_mnist_refuses_losses_that_do_not_fit(arguments, message):
     with pytest.raises(app.UsageError, match=message):
-        run_mnist(*arguments)
+        example_scripts.run("mnist", *arguments)
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+"""Runs scripts of examples/ in the tests' process."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import pathlib
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+FOLDER = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@functools.cache
+def load(name):
+    """An example with flags of its own: all name theirs alike."""
+    own = flags.FlagValues()
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "FLAGS", own)
+        for kind in ("bool", "enum", "float", "integer", "list", "string"):
+            define = getattr(flags, f"DEFINE_{kind}")
+            define = functools.partial(define, flag_values=own)
+            patch.setattr(flags, f"DEFINE_{kind}", define)
+        spec.loader.exec_module(module)
+    own(["example"])
+    return module
+
+
+def run(name, *arguments):
+    """What the example prints. Its flags are as before afterwards."""
+    module = load(name)
+    saved = flagsaver.save_flag_values(module.FLAGS)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            module.FLAGS([name, *arguments])
+            module.main([name])
+    finally:
+        flagsaver.restore_flag_values(saved, module.FLAGS)
+    return printed.getvalue()
