@@ -73,6 +73,7 @@ from keras_vo import estimators, fitness_shaping
 matplotlib.use("agg")
 
 FLAGS = flags.FLAGS
+_BOUNDS = keras_vo.GaussianSearchDistribution()  # of sigma
 
 flags.DEFINE_integer("seed", 0, "Seed of weights, batches and noise.")
 flags.DEFINE_string("plot_dir", "out", "gradient_variance.png; empty: none.")
@@ -803,9 +804,11 @@ def checked(name, valid, expected):
 def checked_flags():
     """Checks all flags; returns sigmas, population sizes and batch sizes."""
 
-    def positive(text):
+    least, greatest = _BOUNDS.min_stddev, _BOUNDS.max_stddev
+
+    def is_sigma(text):
         try:
-            return 0 < float(text) < math.inf
+            return least <= float(text) <= greatest
         except ValueError:
             return False
 
@@ -814,13 +817,15 @@ def checked_flags():
         return lambda text: str(text).isdecimal() and int(text) in numbers
 
     checked("seed", between(0, 2**31 - 1), "in [0, 2^31)")
-    checked("stddev", positive, "a positive, finite number")
+    checked("stddev", is_sigma, f"in [{least:g}, {greatest:g}]")
     checked("epochs", between(2, 10**6), "at least 2")
     for name in ("repeats", "members", "batches", "samples"):
         checked(name, between(16, 10**9), "at least 16")
     checked("population_size", between(2, STEP, 2), f"even and in [2, {STEP}]")
     half = FLAGS.members // 2
-    sigmas = checked("sigmas", positive, "positive, finite numbers")
+    sigmas = checked(
+        "sigmas", is_sigma, f"numbers in [{least:g}, {greatest:g}]"
+    )
     population_sizes = checked(
         "population_sizes",
         between(4, half, 2),

@@ -1,16 +1,20 @@
-"""Runs scripts of examples/ in the tests' process."""
+"""Runs scripts of examples/: in the tests' process, or in their own."""
 
 import contextlib
 import functools
 import importlib.util
 import io
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-FOLDER = pathlib.Path(__file__).parent.parent / "examples"
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / "examples"
 
 
 @functools.cache
@@ -42,3 +46,17 @@ def run(name, *arguments):
     finally:
         flagsaver.restore_flag_values(saved, module.FLAGS)
     return printed.getvalue()
+
+
+def run_python(*arguments, cwd):
+    """What a Python process with these arguments prints."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

@@ -230,9 +230,7 @@ def test_search_leaves_the_narrow_minimum_for_the_wide(tmp_path):
         ("search_landscapes", "--population_size=3", "an even --population"),
     ],
 )
-def test_flags_name_what_was_expected_and_received(
-    name, argument, expected, example
-):
+def test_flags_name_what_was_expected_and_received(name, argument, expected):
     with pytest.raises(app.UsageError) as caught:
         example_scripts.run(name, argument)
     message = str(caught.value)

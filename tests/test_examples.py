@@ -1,11 +1,8 @@
 """The examples and the README's code run, and say what they should."""
 
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import example_scripts
 import numpy as np
@@ -16,22 +13,9 @@ from absl import app
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(*arguments, cwd):
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.mark.slow
 def test_digits_learns_plots_and_exports(tmp_path):
-    output = run(
+    output = example_scripts.run_python(
         ROOT / "examples" / "digits.py",
         "--epochs=15",
         "--batch_size=128",
@@ -52,7 +36,9 @@ def test_digits_learns_plots_and_exports(tmp_path):
 
 def test_digits_names_an_unknown_choice(tmp_path):
     with pytest.raises(AssertionError, match="zero_one"):
-        run(ROOT / "examples" / "digits.py", "--loss=f1", cwd=tmp_path)
+        example_scripts.run_python(
+            ROOT / "examples" / "digits.py", "--loss=f1", cwd=tmp_path
+        )
 
 
 @pytest.mark.slow
@@ -82,7 +68,7 @@ def test_readme_code_runs(tmp_path):
         short[3] + "\nassert model.evaluate(x, y)[1] > 0.3",
     ]
     # Each with names of its own, of which it has to import what it needs.
-    run(
+    example_scripts.run_python(
         "-c",
         "\n".join(f"exec({c!r}, {{'__name__': '__main__'}})" for c in codes),
         cwd=tmp_path,
@@ -126,7 +112,7 @@ def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path, monkeypatch):
     ]
     if "--dense=local_reparam" in arguments:
         script = ROOT / "examples" / "mnist.py"
-        output = run(script, *arguments, cwd=tmp_path)
+        output = example_scripts.run_python(script, *arguments, cwd=tmp_path)
     else:
         monkeypatch.chdir(tmp_path)
         output = example_scripts.run("mnist", *arguments)
@@ -155,7 +141,7 @@ def test_mnist_refuses_losses_that_do_not_fit(arguments, message):
 
 @pytest.mark.slow
 def test_multi_worker_trains_and_shows_one_table(tmp_path):
-    output = run(
+    output = example_scripts.run_python(
         ROOT / "examples" / "multi_worker.py",
         "--num_workers=2",
         "--epochs=4",
