@@ -6,6 +6,7 @@ tests/test_distribution.py has it on several replicas.
 import math
 
 import keras
+import models
 import numpy as np
 import pytest
 import reference
@@ -329,38 +330,26 @@ def test_sigma_grows_where_all_losses_are_equal():
     )
 
 
-def end_of_a_search(variance, stddev, seed):
-    """|w|^2 at the end, 45 at the start; it is rounded up and cut at 60.
-
-    A sigma of .001 sees no step of it, one of 30 only where it is cut.
-    """
-
-    def terraces(weights):
-        return tf.math.ceil(tf.minimum(tf.reduce_sum(weights[0] ** 2), 60.0))
-
-    mean = tf.Variable(np.full(20, 1.501, "float32"))
-    optimizer = make(
-        variance,
-        stddev=stddev,
-        inner=keras.optimizers.Adam(
-            keras.optimizers.schedules.CosineDecay(0.1, 600)
-        ),
-        population_size=32,
-        seed=seed,
-    )
-    optimizer.build([mean])
-
-    @tf.function
-    def search():
-        for _ in tf.range(600):
-            optimizer.minimize(terraces, [mean])
-
-    search()
-    return np.sum(mean.numpy() ** 2)
-
-
 @pytest.mark.parametrize("variance", ["fixed", *ADAPTIVE])
-@pytest.mark.parametrize("stddev", [0.001, 30.0])
-def test_it_finds_its_way_from_any_sigma(stddev, variance):
-    end = end_of_a_search(variance, stddev, seed=1)
-    assert end > 40 if variance == "fixed" else end < 2
+def test_it_finds_its_way_from_a_sigma_that_is_far_too_small(variance):
+    """The 0-1 error of a network: at sigma = .001 hardly a member differs.
+
+    On three seeds each, fixed ended at .32 to .57, the others at 1.
+    """
+    model = models.make_model(
+        optimizer=models.make_optimizer(
+            keras_vo.GaussianSearchDistribution(variance, stddev=0.001),
+            population_size=16,
+            seed=1,
+            inner_optimizer=keras.optimizers.Adam(
+                keras.optimizers.schedules.CosineDecay(0.05, 300)
+            ),
+        ),
+        loss=models.zero_one_error,
+    )
+    x, y = models.make_data(60)
+    step = tf.function(lambda: model.train_step((x, y)))
+    for _ in range(300):
+        step()
+    accuracy = models.accuracy(model, x, y)
+    assert accuracy < 0.7 if variance == "fixed" else accuracy > 0.95
