@@ -1,16 +1,17 @@
 """Shows norms of weights and gradient while sigma adapts, and when it is fixed.
 
-The source's two figures on adapting the variance, by keras_vo's default rule
-and, below it, as the source saw it fail: log sigma^2 descends its regular
-gradient with a learning rate of its own. An MLP learns scikit-learn's digits
-by SGD with momentum; all searches have the same first weights, sigma, batches
-and first step.
+The source's two figures on adapting the variance: above by keras_vo's default
+rule; below as the source reports it, gradients that grow while most sigmas
+fall, where log sigma^2 descends its regular gradient with a learning rate of
+its own. An MLP learns scikit-learn's digits by SGD with momentum. All searches
+have the same first weights, sigma, batches and first step of the weights.
 
-- By descent, sigma falls, and the gradient handed to the inner optimizer grows
-  as 1 / sigma: its steps grow, and the weights with them.
-- By default, sigma first falls, then rises and falls with the steps of the
-  mean; the gradient stays within what pairs of opposite losses make of it,
-  sqrt(2) times the noise of a population (bottom left).
+- By descent, sigma falls tenfold, and the gradient that the inner optimizer is
+  handed grows as 1 / sigma: so do its steps, and with them the weights.
+- By default, sigma falls at first, then rises and falls with the distance of
+  the mean from where it lately was. The gradient stays as it is when sigma is
+  fixed: below sqrt(2) times the noise of a population, which is what pairs of
+  opposite losses would make of it (bottom left).
 
     python examples/variance_adaptation.py --stddev 0.05 --seed 1
 """
@@ -496,13 +497,13 @@ def main(argv):
     elapsed = time.perf_counter() - began
     first = next(iter(results.values()))
     print(
-        f"\nDigits, MLP {'-'.join(map(str, UNITS))}, {FLAGS.steps} generations "
-        f"of {FLAGS.population_size} members, all from sigma =\n"
-        f"{FLAGS.stddev:g} and |mu| = {total(first.means)[0]:.1f}. g: gradient "
-        "handed to the inner optimizer (median; maximum over\nmedian; p in "
-        "|g| ~ sigma^p), with descent the regular one: times "
-        f"{FLAGS.stddev**2:g} = sigma^2\nat first, its learning rate being "
-        "as much lower.\n"
+        f"\nDigits, MLP {'-'.join(map(str, UNITS))}: {FLAGS.steps} generations "
+        f"of {FLAGS.population_size} members, all from\n"
+        f"sigma = {FLAGS.stddev:g} and |mu| = {total(first.means)[0]:.1f}. "
+        "|g|: gradient handed to the inner optimizer,\nits median, maximum "
+        "over median, and p in |g| ~ sigma^p. By descent g is regular,\nelse "
+        "natural: sigma^2 times as much, with a learning rate as much greater."
+        "\n"
     )
     print_table(results)
     print(f"\nsearches  {elapsed:.1f} s")

@@ -230,12 +230,12 @@ def test_arms_differ_as_the_docstring_says(module, short):
         weights = module.total(np.stack([result.means[-1], fixed.means[-1]]))
         if "descent" in name:
             assert -1.2 < slope < -0.9
-            assert range_of_gradients > 3
+            assert range_of_gradients > 8
             assert weights[0] > 3 * weights[1]
             assert result.sigmas.min() < 0.3 * STDDEV
         else:
             assert -0.5 < slope < 0.1
-            assert range_of_gradients < 2
+            assert range_of_gradients < 4
             assert weights[0] == pytest.approx(weights[1], rel=0.2)
         layers_differ = np.ptp(result.sigmas, axis=1)[1:].min() > 0
         assert layers_differ == name.startswith("layerwise")
@@ -266,6 +266,7 @@ def test_table_has_these_numbers(short):
         else:
             want = example().power(result)
             assert float(power) == pytest.approx(want, abs=0.01)
+    assert max(map(len, short.output.splitlines()[:-2])) <= 80
     first = np.linalg.norm(next(iter(short.results.values())).means[0])
     assert f"sigma = 0.2 and |mu| = {first:.1f}" in " ".join(
         short.output.split()
