@@ -500,10 +500,10 @@ def main(argv):
         f"\nDigits, MLP {'-'.join(map(str, UNITS))}: {FLAGS.steps} generations "
         f"of {FLAGS.population_size} members, all from\n"
         f"sigma = {FLAGS.stddev:g} and |mu| = {total(first.means)[0]:.1f}. "
-        "|g|: gradient handed to the inner optimizer,\nits median, maximum "
-        "over median, and p in |g| ~ sigma^p. By descent g is regular,\nelse "
-        "natural: sigma^2 times as much, with a learning rate as much greater."
-        "\n"
+        "g: gradient handed to the inner optimizer,\nthe median of its norm, "
+        "maximum over median, and p in |g| ~ sigma^p. By\ndescent g is "
+        "regular, else natural: sigma^2 times as much at first, with\na "
+        "learning rate as much greater.\n"
     )
     print_table(results)
     print(f"\nsearches  {elapsed:.1f} s")
