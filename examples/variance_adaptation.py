@@ -6,7 +6,7 @@ fall, where log sigma^2 descends its regular gradient with a learning rate of
 its own. An MLP learns scikit-learn's digits by SGD with momentum. All searches
 have the same first weights, sigma, batches and first step of the weights.
 
-- By descent, sigma falls tenfold, and the gradient that the inner optimizer is
+- By descent, sigma falls some tenfold, and the gradient the inner optimizer is
   handed grows as 1 / sigma: so do its steps, and with them the weights.
 - By default, sigma falls at first, then rises and falls with the distance of
   the mean from where it lately was. The gradient stays as it is when sigma is
