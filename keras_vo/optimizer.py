@@ -31,10 +31,13 @@ from keras_vo import inner_optimizer as inner_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
 from keras_vo.chunks import ChunkPlan, NoiseSource
+from keras_vo.diagnostics import ObservedStep, StepObserver
 from keras_vo.evaluation import Outcome, evaluate_population
+from keras_vo.layout import layer_groups, layer_names
 from keras_vo.perturbation import Recording
 from keras_vo.replicas import Share, shaped_where_evaluated, was_evaluated
-from keras_vo.spaces import SearchSpaces
+from keras_vo.signal_to_noise import Probe
+from keras_vo.spaces import SearchGradient, SearchSpaces
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
@@ -184,6 +187,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         )
         self.exchange = exchange_lib.checked_exchange(exchange)
         self._strategy = distribution.current_strategy()
+        self.observer: StepObserver | None = None
 
     # --- state ---
 
@@ -207,6 +211,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         if distribution.current_strategy() is not None:
             inner_lib.check_no_overwriting(self.inner_optimizer)
         self._layout = self.search_distribution.layout(variables)
+        self._layers = layer_groups(variables), layer_names(variables)
         self._variable_ids = tuple(id(v) for v in variables)
         self._variable_names = tuple(checks.variable_name(v) for v in variables)
         distribution.check_created_in_scope(
@@ -237,6 +242,24 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
         )
         super().build(variables)
+        if self.observer is not None:
+            self.observer.build(self._layout, *self._layers)
+
+    def observe(self, observer: StepObserver | None) -> None:
+        """Lets `observer` see each step whose graph is made from now on.
+
+        Args:
+            observer: it; `None`: no one.
+        """
+        self.observer = observer
+        if self.built and observer is not None:
+            with distribution.entered(self._strategy):
+                observer.build(self._layout, *self._layers)
+
+    @property
+    def strategy(self) -> Any:
+        """The tf.distribute strategy it is made under; `None`: no one."""
+        return self._strategy
 
     @property
     def variables(self) -> list[Any]:
@@ -365,6 +388,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             log_variance,
             recording,
             self.search_distribution.adapts,
+            None if self.observer is None else self._probe(),
         )
 
         def outcome(weights: list[tf.Tensor]) -> Outcome:
@@ -389,7 +413,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         losses, utilities, evaluated = self._judged(
             population.losses, batch_size, share, replicas
         )
-        mean_gradient, log_variance_gradient = spaces.gradients(
+        gradient = spaces.gradients(
             population,
             utilities,
             [
@@ -401,13 +425,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             replicas,
             self._whole_noise(spaces, source, share, replicas),
         )
-        if self.natural_gradient:
-            mean_gradient = estimators.natural_mean_gradient(
-                mean_gradient, self._stddev(log_variance)
-            )
-            log_variance_gradient = estimators.natural_log_variance_gradient(
-                log_variance_gradient, layout
-            )
+        gradient = self._preconditioned(gradient, log_variance)
         finite = tf.math.is_finite(losses)
 
         # Where a batch can't be had (the end of the data), nothing is counted.
@@ -417,9 +435,24 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 variables,
                 mean,
                 log_variance,
-                layout.unflatten(mean_gradient),
-                log_variance_gradient,
+                gradient,
             )
+            if self.observer is not None:
+                self.observer.observe(
+                    ObservedStep(
+                        layout,
+                        tf.convert_to_tensor(self.generations),
+                        mean,
+                        layout.flatten(variables),
+                        log_variance,
+                        tf.convert_to_tensor(self._log_variance),
+                        gradient,
+                        self._signs,
+                        losses,
+                        utilities,
+                        evaluated,
+                    )
+                )
             self.assign_add(self.generations, 1)
         return Generation(
             losses,
@@ -561,25 +594,50 @@ class VOOptimizer(keras.optimizers.Optimizer):
         for variable, value in zip(changed, before, strict=True):
             self.assign(variable, tf.where(condition, variable, value))
 
+    def _preconditioned(
+        self, gradient: SearchGradient, log_variance: tf.Tensor
+    ) -> SearchGradient:
+        """The gradients that steps go down, natural if they are to be."""
+        if not self.natural_gradient:
+            return gradient
+        return gradient._replace(
+            mean=self._preconditioned_mean(
+                gradient.mean, self._stddev(log_variance)
+            ),
+            log_variance=estimators.natural_log_variance_gradient(
+                gradient.log_variance, self._layout
+            ),
+        )
+
+    def _preconditioned_mean(
+        self, gradient: tf.Tensor, stddev: tf.Tensor
+    ) -> tf.Tensor:
+        if not self.natural_gradient:
+            return gradient
+        return estimators.natural_mean_gradient(gradient, stddev)
+
+    def _probe(self) -> Probe:
+        generation = tf.convert_to_tensor(self.generations)
+        return Probe(self._preconditioned_mean, generation)
+
     def _update(
         self,
         variables: list[Any],
         mean: tf.Tensor,
         log_variance: tf.Tensor,
-        mean_gradients: list[tf.Tensor],
-        log_variance_gradient: tf.Tensor,
+        gradient: SearchGradient,
     ) -> None:
         """Steps mu by the inner optimizer, beta by its own learning rate."""
-        self.inner_optimizer.apply(mean_gradients, variables)
+        layout = self._layout
+        self.inner_optimizer.apply(layout.unflatten(gradient.mean), variables)
         proposal = log_variance
         if self.search_distribution.adapts:
             proposal = self.search_distribution.update(
-                log_variance, log_variance_gradient
+                log_variance, gradient.log_variance
             )
         if self.max_kl is None:
             self.assign(self._log_variance, proposal)
             return
-        layout = self._layout
         mean_change = layout.flatten(variables) - mean
         log_change = proposal - log_variance
         share = distribution_lib.largest_step(

@@ -28,8 +28,24 @@ from keras_vo.local_reparameterization import ActivationNoise
 from keras_vo.low_rank import KernelNoise
 from keras_vo.perturbation import Evaluation, Recording, entered
 from keras_vo.replicas import Share
+from keras_vo.signal_to_noise import Probe, column_squares, full_squares
 
-__all__ = ["SearchSpaces"]
+__all__ = ["SearchGradient", "SearchSpaces"]
+
+
+class SearchGradient(NamedTuple):
+    """The gradient of U.
+
+    Attributes:
+        mean: dU/dmu [d].
+        log_variance: dU/dbeta [groups]; 0 if sigma is fixed.
+        squares: sum of the squared norms of the draws' terms of `mean`, as
+            the inner optimizer gets it; `None` if it is not measured.
+    """
+
+    mean: tf.Tensor
+    log_variance: tf.Tensor
+    squares: tf.Tensor | None = None
 
 
 class _Gradient(NamedTuple):
@@ -56,6 +72,7 @@ class SearchSpaces:
         log_variance: beta, [groups] of the layout.
         recording: what layers have recorded in the mean network's pass.
         adapts: whether sigma is to be changed.
+        probe: what the gradient is measured by; `None`: it is not.
 
     Raises:
         ValueError: layers of two kinds share a variable.
@@ -68,8 +85,10 @@ class SearchSpaces:
         log_variance: tf.Tensor,
         recording: Recording,
         adapts: bool,
+        probe: Probe | None = None,
     ) -> None:
         self._layout = layout
+        self._probe = probe
         self._recording = recording
         self._adapts = adapts
         self._means = [tf.convert_to_tensor(v) for v in variables]
@@ -201,8 +220,8 @@ class SearchSpaces:
         share: Share,
         replicas: Replicas,
         whole: NoiseSource | None = None,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Gradients of U for mu [d] and for beta [groups], 0 if it is fixed.
+    ) -> SearchGradient:
+        """The gradient of U.
 
         Args:
             population: the members that this replica has evaluated.
@@ -226,6 +245,8 @@ class SearchSpaces:
             tf.cast(share.counts * tf.shape(u)[1], utilities.dtype)
             for u in example_utilities
         ]
+        if self._probe is not None and own:
+            own.append(self._probe.ids(share.draws, share.start, share.size))
         if whole is None:
             weights = [*map(share.take, pairs), *own]
             sums = population.reduce(self._sums, weights)
@@ -237,7 +258,11 @@ class SearchSpaces:
                 totals += replicas.sum([*sums, *examples])
         count = totals.pop() if own else None
         size = utilities.shape[0]
-        return self._collect(self._each(iter(totals), size, count))
+        squares = self._take_squares(totals, size, count)
+        mean, log_variance = self._collect(
+            self._each(iter(totals), size, count)
+        )
+        return SearchGradient(mean, log_variance, squares)
 
     def _sums(
         self, draws: Draws, records: Any, odd: Any, even: Any, *examples: Any
@@ -253,7 +278,8 @@ class SearchSpaces:
     ) -> list[tf.Tensor]:
         """Sums over a chunk: of the noise of weights."""
         full, *factors = self._split(draws.weights)
-        terms = [estimators.weighted_noise(full, odd)]
+        terms = self._weight_squares(full, factors, odd)
+        terms.append(estimators.weighted_noise(full, odd))
         if self._adapts:
             terms.append(
                 estimators.weighted_excess(full, even, self._full_layout)
@@ -268,13 +294,81 @@ class SearchSpaces:
         self, draws: Draws, records: Any, *examples: Any
     ) -> list[tf.Tensor]:
         """Sums over a chunk: of the noise of activations."""
-        return [
+        squares = self._local_squares(draws, records, *examples)
+        return squares + [
             term
             for (_, local), xi, record in zip(
                 self._local, draws.activations, records, strict=True
             )
-            for term in local.sums(xi, record, *examples)
+            for term in local.sums(xi, record, examples[0])
         ]
+
+    def _weight_squares(
+        self, full: tf.Tensor, factors: Sequence[tf.Tensor], odd: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Squared norms of the draws' terms, summed over a chunk; or nothing.
+
+        Of the mean's gradient, as the inner optimizer gets it.
+        """
+        probe = self._probe
+        if probe is None:
+            return []
+        terms = [
+            noise.squares(part, odd, probe)
+            for noise, part in zip(
+                self._low_rank.values(), factors, strict=True
+            )
+        ]
+        if self._full:
+            factor = probe.factor(self._full_stddev)
+            terms.append(full_squares(full, odd, factor))
+        return [tf.add_n(terms) if terms else tf.zeros([], odd.dtype)]
+
+    def _local_squares(
+        self, draws: Draws, records: Any, *examples: Any
+    ) -> list[tf.Tensor]:
+        """The same, of the noise of activations."""
+        if self._probe is None or not self._local:
+            return []
+        utilities, ids = examples
+        columns: dict[int, list[tf.Tensor]] = {}
+        units: dict[int, tf.Tensor] = {}
+        for (weights, local), xi, record in zip(
+            self._local, draws.activations, records, strict=True
+        ):
+            size = self._layout.shapes[weights[0]][-1]
+            unit = tf.math.floormod(ids, size)
+            parts = local.columns(xi, record, utilities, unit)
+            for i, column in zip(weights, parts, strict=True):
+                columns.setdefault(i, []).append(column)
+                units[i] = unit
+        terms = []
+        for i, parts in columns.items():
+            stddev = tf.sqrt(self._variances[i])
+            if stddev.shape.rank:
+                # [in, units] or [units] to [chunk, in] or [chunk, 1]
+                by_unit = tf.reshape(stddev, [-1, stddev.shape[-1]])
+                stddev = tf.transpose(tf.gather(by_unit, units[i], axis=1))
+            column = self._probe.precondition(tf.add_n(parts), stddev)
+            terms.append(column_squares(column, self._layout.shapes[i][-1]))
+        return [tf.add_n(terms)]
+
+    def _take_squares(
+        self,
+        totals: list[tf.Tensor],
+        size: int,
+        examples: tf.Tensor | None,
+    ) -> tf.Tensor | None:
+        """Takes the squared norms out of the sums."""
+        if self._probe is None:
+            return None
+        squares = totals.pop(0) / size**2
+        if self._local:
+            kinds = 1 + len(self._low_rank)
+            local = totals.pop(kinds * (1 + self._adapts))
+            scale = tf.math.reciprocal_no_nan(examples)
+            squares += local * tf.square(scale)
+        return squares
 
     def _each(
         self, totals: Iterator[tf.Tensor], size: int, examples: tf.Tensor | None
