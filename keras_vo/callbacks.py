@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,8 +20,12 @@ from keras_vo.records import CsvRecord, TensorBoardRecord
 
 __all__ = ["SearchMonitor"]
 
-_MEANS = slice(1, len(NUMBERS) - 1)  # all but the counters
-_COUNTER = len(NUMBERS) - 1
+_TIME, _STEP = NUMBERS.index("time"), NUMBERS.index("step")
+_MEANS = slice(2, len(NUMBERS) - 1)  # all but time and counters
+# The numbers are read in that many steps or seconds.
+_STEPS, _SECONDS = 32, 1.0
+# Of long epochs, one of that many steps is looked at.
+_STRIDE = 8
 # Drawing takes this share of the time of training at most.
 _DRAWING = 0.01
 
@@ -62,16 +67,15 @@ class SearchMonitor(keras.callbacks.Callback):
     and the SNR of a single draw, too. Means over an epoch leave NaN out.
 
     The numbers are computed within the step; nothing else about it changes,
-    and a step that no monitor watches is the same as ever. Under a strategy
-    the first worker alone writes files; pass the monitor on all workers. With
-    `steps_per_execution` above 1 only the last step of each execution is seen
-    (though all evaluations are counted).
+    and a step that no monitor watches is the same as ever. They are taken from
+    there, and written to files, in 32 steps or a second. Under a strategy the
+    first worker alone writes files; pass the monitor on all workers.
 
     Args:
         every: `"step"`, `"epoch"` (means over its steps; of sigma and of the
             counters the last values) or an integer: a row in that many steps,
             with the numbers of that step.
-        csv: path of a CSV file. Each row is written at once.
+        csv: path of a CSV file, one row after another.
         tensorboard: directory for event files, which `pip install
             keras_vo[tensorboard]` shows.
         png: path of a plot of all of it, drawn at the end, and at ends of
@@ -99,7 +103,7 @@ class SearchMonitor(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.every = _checked_every(every)
-        self.history: dict[str, list[float]] = {}
+        self._history: dict[str, list[float]] = {}
         self._append = append
         self._png = None if png is None else os.fspath(png)
         if png is not None and not importlib.util.find_spec("matplotlib"):
@@ -139,34 +143,47 @@ class SearchMonitor(keras.callbacks.Callback):
         self._attach(optimizer)
         try:
             yield self
+            self._read()
             self._draw()
         finally:
             self.detach()
 
     def record(self) -> None:
-        """Takes the numbers of the step that was just made.
+        """Takes the numbers of the step that was made, or of several.
+
+        Of at most 64 steps since the last call.
 
         Raises:
-            ValueError: the monitor is not attached, or there was no step.
+            ValueError: the monitor is not attached, or has seen no step.
         """
         if self._optimizer is None:
             raise ValueError(
                 "Expected `record` within `with monitor.attached(optimizer):`. "
                 "Received: a monitor that is not attached"
             )
-        if not self._after_step():
+        if self._seen and not self._is_due():
+            return
+        self._read()
+        if not self._seen:
             raise ValueError(
-                "Expected a step of the optimizer before each `record`. "
-                "Received: none that the monitor has seen (a tf.function that "
-                "was called before the monitor was attached does not know it)"
+                "Expected a step of the optimizer before `record`. Received: "
+                "none that the monitor has seen (a tf.function that was "
+                "called before the monitor was attached does not know of it)"
             )
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The rows so far: a list for each column."""
+        if self._optimizer is not None:
+            self._read()
+        return self._history
 
     def detach(self) -> None:
         """Stops watching and closes the files; `fit` and `attached` do."""
-        optimizer, self._optimizer = self._optimizer, None
-        if optimizer is None:
+        if self._optimizer is None:
             return
-        optimizer.observe(None)
+        self._optimizer.observe(None)
+        self._optimizer = None
         for record in self._records:
             record.close()
 
@@ -186,21 +203,23 @@ class SearchMonitor(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
-        self._began = self._clock = time.perf_counter()
-        self._first_count = self._count
+        # Validation and what callbacks do between epochs are not counted.
+        self._row_time += time.time() - self._step_time
+        self._step_time = time.time()
         self._of_epoch = []
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._after_step()
+        if self._is_due():
+            self._read()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.every == "epoch" and self._of_epoch:
+        self._read()
+        if self._of_epoch:
             rows = np.stack(self._of_epoch)
             row = rows[-1].copy()
             row[_MEANS] = _means(rows[:, _MEANS])
-            done = row[_COUNTER] - self._first_count
-            self._write(row, done / (self._clock - self._began))
-        passed = time.perf_counter() - self._drawn
+            self._write(row)
+        passed = time.time() - self._drawn
         if self._drawing < _DRAWING * passed:
             self._draw()
 
@@ -217,63 +236,76 @@ class SearchMonitor(keras.callbacks.Callback):
                 "Expected one SearchMonitor at a time. Received: an optimizer "
                 "that another one is attached to (`detach()` it first)"
             )
-        self._observer = StepObserver()
+        self._observer = StepObserver(*self._every_and_capacity())
         optimizer.observe(self._observer)
         self._optimizer = optimizer
         if not self._append:
-            self.history = {}
+            self._history = {}
         self._writes = distribution.is_first_worker(optimizer.strategy)
         if self._writes:
             for record in self._records:
                 record.open()
         self._epoch: int | None = None
         self._of_epoch: list[np.ndarray] = []
-        self._steps = 0
-        self._last_step = self._count = self._first_count = 0.0
-        self._began = self._clock = self._drawn = time.perf_counter()
-        self._drawing = 1.0  # seconds, a guess
+        self._seen = self._waiting = 0  # steps
+        self._last_step = self._row_count = 0.0
+        now = time.time()
+        self._read_time = self._step_time = self._row_time = now
+        self._drawn, self._drawing = now, 1.0  # a guess of the seconds
 
-    def _after_step(self) -> bool:
-        """Reads the numbers; False if there are no new ones."""
-        if not self._observer.names:
-            return False
-        numbers = self._observer.read()
-        if numbers[0] == self._last_step:
-            return False
-        self._last_step = numbers[0]
-        now = time.perf_counter()
-        rate = (numbers[_COUNTER] - self._count) / (now - self._clock)
-        self._steps += 1
-        if self.every == "epoch":
-            self._of_epoch.append(numbers)
-        elif self._steps % self.every:
-            return True  # the rate is that since the last row
-        else:
-            self._write(numbers, rate)
-        self._clock, self._count = now, numbers[_COUNTER]
-        return True
-
-    def _write(self, numbers: np.ndarray, rate: float) -> None:
-        names = self._observer.names
-        row = {} if self._epoch is None else {"epoch": float(self._epoch)}
-        row |= dict(zip(NUMBERS, map(float, numbers), strict=False))
-        row["evaluations_per_second"] = rate
-        count = len(NUMBERS)
-        row |= dict(
-            zip(names[count:], map(float, numbers[count:]), strict=True)
+    def _every_and_capacity(self) -> tuple[int, int]:
+        """One of how many steps is looked at, and how many are kept."""
+        # Rows that one call of a compiled function makes are not to get lost.
+        capacity = (
+            2 * _STEPS * int(getattr(self.model, "steps_per_execution", 1))
         )
+        if self.every != "epoch":
+            return self.every, capacity
+        steps = (self.params or {}).get("steps") or 0
+        return (_STRIDE if steps >= 8 * _STRIDE else 1), capacity
+
+    def _is_due(self) -> bool:
+        """Whether there may be enough to read, called once a step."""
+        self._waiting += 1
+        late = time.time() - self._read_time > _SECONDS
+        return late or self._waiting >= _STEPS
+
+    def _read(self) -> None:
+        """Takes the rows of the steps since the last time."""
+        self._waiting, self._read_time = 0, time.time()
+        if not self._observer.names:  # the optimizer is not built yet
+            return
+        rows = self._observer.read()
+        for row in rows[rows[:, _STEP] > self._last_step]:
+            self._seen += 1
+            self._last_step, self._step_time = row[_STEP], row[_TIME]
+            if self.every == "epoch":
+                self._of_epoch.append(row)
+            else:
+                self._write(row)
+
+    def _write(self, numbers: np.ndarray) -> None:
+        """Writes a row; its rate is that since the row before."""
+        values = dict(zip(self._observer.names, numbers.tolist(), strict=True))
+        seconds = values.pop("time") - self._row_time
+        done = values["evaluations"] - self._row_count
+        self._row_time, self._row_count = numbers[_TIME], values["evaluations"]
+        row = {} if self._epoch is None else {"epoch": float(self._epoch)}
+        row |= {name: values.pop(name) for name in NUMBERS[1:]}
+        row["evaluations_per_second"] = done / seconds if seconds else math.nan
+        row |= values
         for name, value in row.items():
-            self.history.setdefault(name, []).append(value)
+            self._history.setdefault(name, []).append(value)
         if self._writes:
             for record in self._records:
                 record.write(row)
 
     def _draw(self) -> None:
-        if self._png is None or not self._writes or not self.history:
+        if self._png is None or not self._writes or not self._history:
             return
-        began = time.perf_counter()
-        dashboard.draw(self.history, self._png)
-        self._drawn = time.perf_counter()
+        began = time.time()
+        dashboard.draw(self._history, self._png)
+        self._drawn = time.time()
         self._drawing = self._drawn - began
 
 

@@ -1,1 +1,2 @@
-def draw(history, path): pass
+def draw(history, path):
+    pass

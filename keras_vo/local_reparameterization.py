@@ -263,7 +263,7 @@ class ActivationNoise:
         if record:
             rows = tf.reshape(_finite(inputs), [count, -1, inputs.shape[-1]])
             flat = tf.reshape(score, [count, -1])
-            kernel = tf.linalg.matvec(rows, flat, transpose_a=True)
+            kernel = tf.matmul(flat[:, None], rows)[:, 0]
         else:
             flat = tf.reshape(tf.reduce_sum(score, axis=1), [count, -1])
             kernel = flat @ tf.reshape(inputs, [-1, inputs.shape[-1]])

@@ -388,7 +388,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             log_variance,
             recording,
             self.search_distribution.adapts,
-            None if self.observer is None else self._probe(),
+            self._probe(),
         )
 
         def outcome(weights: list[tf.Tensor]) -> Outcome:
@@ -442,8 +442,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
                     ObservedStep(
                         layout,
                         tf.convert_to_tensor(self.generations),
-                        mean,
-                        layout.flatten(variables),
+                        spaces.means,
+                        [tf.convert_to_tensor(v) for v in variables],
                         log_variance,
                         tf.convert_to_tensor(self._log_variance),
                         gradient,
@@ -616,9 +616,12 @@ class VOOptimizer(keras.optimizers.Optimizer):
             return gradient
         return estimators.natural_mean_gradient(gradient, stddev)
 
-    def _probe(self) -> Probe:
+    def _probe(self) -> Probe | None:
+        """What the observer wants to know of the gradient."""
+        if self.observer is None:
+            return None
         generation = tf.convert_to_tensor(self.generations)
-        return Probe(self._preconditioned_mean, generation)
+        return Probe(self._preconditioned_mean, generation, self.observer.every)
 
     def _update(
         self,

@@ -24,12 +24,13 @@ Each kind of noise has its own c_n; none of them is formed:
 
     full        c_n = u_n f z_n:     |c_n|^2 = u_n^2 sum_i f_i^2 z_ni^2
     low rank    c_n = u_n f E_n:     |A^T B|^2 = tr(A A^T B B^T)
-    local       c_n = f sum_b A_b s_b^T: one column i of it, times the number
-                of columns; which one changes from draw to draw
+    local       c_n = f sum_b A_b s_b^T: one column of it, times the number of
+                columns; which one changes from draw to draw
 
 where f is what the optimizer multiplies the score with. Of the full noise, at
 most `COLUMNS` weights are looked at: the z_i^2 of the others have the same
-mean 1, whatever their f_i.
+mean 1, whatever their f_i. Where noise is local, even a column a draw takes
+time beside a step of few members: it is looked at in one of `EVERY` steps.
 
 References:
     [1] Efron, Stein, "The Jackknife Estimate of Variance", Annals of
@@ -45,6 +46,7 @@ import tensorflow as tf
 
 __all__ = [
     "COLUMNS",
+    "EVERY",
     "Probe",
     "column_squares",
     "full_squares",
@@ -52,7 +54,8 @@ __all__ = [
     "signal_to_noise",
 ]
 
-COLUMNS = 4096
+COLUMNS = 1024
+EVERY = 16
 
 
 class Probe(NamedTuple):
@@ -62,10 +65,18 @@ class Probe(NamedTuple):
         precondition: from dU/dmu and sigma to the gradient that the inner
             optimizer gets, linear in the former.
         generation: scalar int64, so that other columns are looked at in each.
+        every: of how many steps one is looked at.
     """
 
     precondition: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
     generation: tf.Tensor
+    every: int = 1
+
+    @property
+    def looks_at_columns(self) -> tf.Tensor:
+        """Whether it does in this step: see `EVERY`."""
+        every = -(-EVERY // self.every) * self.every
+        return (self.generation + 1) % every == 0
 
     def factor(self, stddev: tf.Tensor) -> tf.Tensor:
         """f: what the score z / sigma of full noise is multiplied with."""
@@ -88,7 +99,7 @@ def full_squares(
     norms = tf.linalg.matvec(tf.square(noise[:, :looked_at]), some)
     if looked_at < size:
         norms *= tf.reduce_sum(squares) / tf.reduce_sum(some)
-    return tf.tensordot(tf.square(weights), norms, 1)
+    return tf.reduce_sum(tf.square(weights) * norms)
 
 
 def kernel_squares(
@@ -117,7 +128,7 @@ def kernel_squares(
         * tf.matmul(right, right, transpose_b=True),
         axis=[1, 2],
     )
-    return tf.tensordot(tf.square(weights), traces, 1) / rank
+    return tf.reduce_sum(tf.square(weights) * traces) / rank
 
 
 def column_squares(columns: tf.Tensor, units: int) -> tf.Tensor:

@@ -28,7 +28,11 @@ from keras_vo.local_reparameterization import ActivationNoise
 from keras_vo.low_rank import KernelNoise
 from keras_vo.perturbation import Evaluation, Recording, entered
 from keras_vo.replicas import Share
-from keras_vo.signal_to_noise import Probe, column_squares, full_squares
+from keras_vo.signal_to_noise import (
+    Probe,
+    column_squares,
+    full_squares,
+)
 
 __all__ = ["SearchGradient", "SearchSpaces"]
 
@@ -74,6 +78,9 @@ class SearchSpaces:
         adapts: whether sigma is to be changed.
         probe: what the gradient is measured by; `None`: it is not.
 
+    Attributes:
+        means: mu, a tensor for each variable.
+
     Raises:
         ValueError: layers of two kinds share a variable.
     """
@@ -91,7 +98,7 @@ class SearchSpaces:
         self._probe = probe
         self._recording = recording
         self._adapts = adapts
-        self._means = [tf.convert_to_tensor(v) for v in variables]
+        self.means = [tf.convert_to_tensor(v) for v in variables]
         self._variances = layout.per_tensor(tf.exp(log_variance))
         index = {id(v): i for i, v in enumerate(variables)}
         self._low_rank = {
@@ -180,7 +187,7 @@ class SearchSpaces:
 
         def evaluate(draws: Draws, sign: float) -> Outcome:
             full, *factors = self._split(draws.weights)
-            weights: list[Any] = list(self._means)
+            weights: list[Any] = list(self.means)
             perturbed = self._full_layout.unflatten(
                 self._full_mean + sign * self._full_stddev * full
             )
@@ -190,7 +197,7 @@ class SearchSpaces:
             for kernel, (i, noise), part in zip(
                 kernels, self._low_rank.items(), factors, strict=True
             ):
-                mean = self._means[i]
+                mean = self.means[i]
                 products[id(kernel)] = (mean, *noise.factors(part, sign))
                 # Read by what is not a call of the layer (a regularizer).
                 change = noise.change(part, sign)
@@ -330,7 +337,23 @@ class SearchSpaces:
         """The same, of the noise of activations."""
         if self._probe is None or not self._local:
             return []
-        utilities, ids = examples
+        probe, (utilities, ids) = self._probe, examples
+
+        def squares() -> tf.Tensor:
+            return self._local_squares_of(probe, draws, records, utilities, ids)
+
+        nothing = tf.constant(math.nan, utilities.dtype)
+        return [tf.cond(probe.looks_at_columns, squares, lambda: nothing)]
+
+    def _local_squares_of(
+        self,
+        probe: Probe,
+        draws: Draws,
+        records: Any,
+        utilities: tf.Tensor,
+        ids: tf.Tensor,
+    ) -> tf.Tensor:
+        """Of one column of each variable and draw."""
         columns: dict[int, list[tf.Tensor]] = {}
         units: dict[int, tf.Tensor] = {}
         for (weights, local), xi, record in zip(
@@ -349,9 +372,9 @@ class SearchSpaces:
                 # [in, units] or [units] to [chunk, in] or [chunk, 1]
                 by_unit = tf.reshape(stddev, [-1, stddev.shape[-1]])
                 stddev = tf.transpose(tf.gather(by_unit, units[i], axis=1))
-            column = self._probe.precondition(tf.add_n(parts), stddev)
+            column = probe.precondition(tf.add_n(parts), stddev)
             terms.append(column_squares(column, self._layout.shapes[i][-1]))
-        return [tf.add_n(terms)]
+        return tf.add_n(terms)
 
     def _take_squares(
         self,
@@ -406,8 +429,8 @@ class SearchSpaces:
         self, gradients: Iterable[_Gradient]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Sums the gradients by variable: for mu [d] and for beta [groups]."""
-        means: list[list[tf.Tensor]] = [[] for _ in self._means]
-        betas: list[list[tf.Tensor]] = [[] for _ in self._means]
+        means: list[list[tf.Tensor]] = [[] for _ in self.means]
+        betas: list[list[tf.Tensor]] = [[] for _ in self.means]
         for i, mean, beta in gradients:
             means[i].append(tf.reshape(mean, [-1]))
             if beta is not None:
