@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 COLUMNS = 1024
-EVERY = 16
+EVERY = 8
 
 
 class Probe(NamedTuple):
