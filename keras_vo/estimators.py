@@ -30,6 +30,7 @@ __all__ = [
     "pair_utilities",
     "weighted_excess",
     "weighted_noise",
+    "whitened_mean_gradient",
 ]
 
 
@@ -91,15 +92,40 @@ def natural_mean_gradient(gradient: tf.Tensor, stddev: tf.Tensor) -> tf.Tensor:
     return tf.square(stddev) * gradient
 
 
+def whitened_mean_gradient(
+    gradient: tf.Tensor,
+    stddev: tf.Tensor,
+    initial_stddev: float,
+    scaled_utilities: bool,
+) -> tf.Tensor:
+    """dU/dmu times what makes its size independent of sigma.
+
+    At sigma = sigma_0 it is the natural gradient. Where utilities have a
+    scale of their own (ranks), it is sigma_0 sigma dU/dmu = sigma_0 F^-1/2
+    dU/dmu, in which sigma cancels; where they have that of the losses, they
+    grow with sigma themselves, and it is sigma_0^2 dU/dmu.
+
+    Args:
+        gradient: dU/dmu [d].
+        stddev: sigma, broadcasts against it.
+        initial_stddev: sigma_0.
+        scaled_utilities: whether utilities have the scale of the losses.
+    """
+    if scaled_utilities:
+        return initial_stddev**2 * gradient
+    return initial_stddev * stddev * gradient
+
+
 def natural_log_variance_gradient(
-    gradient: tf.Tensor, layout: WeightLayout
+    gradient: tf.Tensor, fisher: tf.Tensor
 ) -> tf.Tensor:
     """F^-1 dU/dbeta; a variance shared by D weights has F_beta = D / 2.
 
     (One weight has F_beta = 1/2: eq. 20 of [1] gives 1 / (2 sigma^4) for
     sigma^2, and d sigma^2 / d beta = sigma^2. Weights add up.)
+
+    Args:
+        gradient: dU/dbeta [groups].
+        fisher: F_beta [groups].
     """
-    if layout.groups is None:
-        return 2.0 * gradient
-    sizes = tf.cast(tf.constant(layout.group_sizes), gradient.dtype)
-    return gradient * 2.0 / sizes
+    return tf.math.divide_no_nan(gradient, fisher)

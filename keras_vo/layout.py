@@ -192,3 +192,8 @@ class WeightLayout:
         for (group, _), part in zip(runs, parts, strict=True):
             totals[group].append(tf.reduce_sum(part, axis=-1))
         return tf.stack([tf.add_n(total) for total in totals], axis=-1)
+
+    def group_means(self, vector: tf.Tensor) -> tf.Tensor:
+        """Means of a vector [d] over the weights of each group: [groups]."""
+        sizes = tf.cast(tf.constant(self.group_sizes), vector.dtype)
+        return self.group_sums(vector[None])[0] / sizes

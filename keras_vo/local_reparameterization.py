@@ -132,6 +132,7 @@ class ActivationNoise:
 
     Args:
         inputs: A [batch, ..., in] in the mean network.
+        units: number of units.
         variances: sigma^2 of the kernel, [in, out] or a scalar, and of the
             bias, [out] or a scalar, if there is one that is searched over.
         adapts: whether sigma is to be changed.
@@ -140,11 +141,15 @@ class ActivationNoise:
 
     Attributes:
         variance: v in the mean network.
+        fisher: Fisher information of a log variance common to kernel and
+            bias, which all v are proportional to: the sum over examples of
+            1/2 for each unit and position.
     """
 
     def __init__(
         self,
         inputs: tf.Tensor,
+        units: int,
         variances: Sequence[tf.Tensor],
         adapts: bool,
         mask: tf.Tensor | None = None,
@@ -158,6 +163,10 @@ class ActivationNoise:
             tf.zeros([], dtype),
         )
         self._inputs = _finite(tf.cast(inputs, dtype))
+        counted = tf.ones_like(self._inputs[..., 0])
+        if self._mask is not None:
+            counted = self._mask
+        self.fisher = 0.5 * units * tf.reduce_sum(counted)
         self.variance = self.variance_of(self._inputs)
 
     def variance_of(self, inputs: tf.Tensor) -> tf.Tensor:

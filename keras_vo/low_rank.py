@@ -136,6 +136,7 @@ class KernelNoise:
         self, rank: int, shape: tuple[int, ...], variance: tf.Tensor
     ) -> None:
         self._rank = rank
+        self._shape = shape
         self._sizes = [rank * size for size in shape]
         self._shared = variance.shape.rank == 0
         self._stddev = tf.sqrt(variance)
@@ -144,6 +145,15 @@ class KernelNoise:
     def size(self) -> int:
         """Number of normals of a draw."""
         return sum(self._sizes)
+
+    @property
+    def fisher(self) -> float:
+        """Variance of the score of one log variance, `log_variance_sums`.
+
+        r in / 2 from A and r out / 2 from B, weighted by out and in.
+        """
+        inputs, outputs = self._shape
+        return 0.5 * self._rank * inputs * outputs / (inputs + outputs)
 
     def factors(
         self, noise: tf.Tensor, sign: float

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_vo import checks, distribution, estimators
+from keras_vo import adaptation, checks, distribution, estimators
 from keras_vo import exchange as exchange_lib
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
@@ -212,6 +212,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             inner_lib.check_no_overwriting(self.inner_optimizer)
         self._layout = self.search_distribution.layout(variables)
         self._layers = layer_groups(variables), layer_names(variables)
+        self._blocks = self.search_distribution.blocks(variables)
         self._variable_ids = tuple(id(v) for v in variables)
         self._variable_names = tuple(checks.variable_name(v) for v in variables)
         distribution.check_created_in_scope(
@@ -241,6 +242,14 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 ),
             )
         )
+        self._averaged_mean = None
+        if self.search_distribution.follows_mean:
+            self._averaged_mean = self.add_variable(
+                (self._layout.size,),
+                dtype=self._layout.dtype.name,
+                name="averaged_mean",
+            )
+            self._averaged_mean.assign(self._layout.flatten(variables))
         super().build(variables)
         if self.observer is not None:
             self.observer.build(self._layout, *self._layers)
@@ -384,6 +393,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         recording = recording or Recording(variables)
         spaces = SearchSpaces(
             layout,
+            self._blocks,
             variables,
             log_variance,
             recording,
@@ -589,6 +599,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
             return
         changed = [*variables, *self.inner_optimizer.variables]
         changed.append(self._log_variance)
+        if self._averaged_mean is not None:
+            changed.append(self._averaged_mean)
         before = [tf.identity(v) for v in changed]
         self._update(variables, *step)
         for variable, value in zip(changed, before, strict=True):
@@ -600,21 +612,35 @@ class VOOptimizer(keras.optimizers.Optimizer):
         """The gradients that steps go down, natural if they are to be."""
         if not self.natural_gradient:
             return gradient
+        stddev = self._stddev(log_variance)
+        mean = self._preconditioned_mean(gradient.mean, stddev)
+        if self._averaged_mean is not None:
+            return gradient._replace(mean=mean)
         return gradient._replace(
-            mean=self._preconditioned_mean(
-                gradient.mean, self._stddev(log_variance)
-            ),
+            mean=mean,
             log_variance=estimators.natural_log_variance_gradient(
-                gradient.log_variance, self._layout
+                gradient.log_variance, gradient.fisher
             ),
         )
 
     def _preconditioned_mean(
         self, gradient: tf.Tensor, stddev: tf.Tensor
     ) -> tf.Tensor:
+        """The gradient of the mean that the inner optimizer gets.
+
+        Where sigma follows the mean, the steps of the mean do not follow
+        sigma.
+        """
         if not self.natural_gradient:
             return gradient
-        return estimators.natural_mean_gradient(gradient, stddev)
+        if self._averaged_mean is None:
+            return estimators.natural_mean_gradient(gradient, stddev)
+        return estimators.whitened_mean_gradient(
+            gradient,
+            stddev,
+            self.search_distribution.stddev,
+            self.fitness_shaping == "identity",
+        )
 
     def _probe(self) -> Probe | None:
         """What the observer wants to know of the gradient."""
@@ -630,32 +656,54 @@ class VOOptimizer(keras.optimizers.Optimizer):
         log_variance: tf.Tensor,
         gradient: SearchGradient,
     ) -> None:
-        """Steps mu by the inner optimizer, beta by its own learning rate."""
+        """Steps mu by the inner optimizer, and beta."""
         layout = self._layout
         self.inner_optimizer.apply(layout.unflatten(gradient.mean), variables)
-        proposal = log_variance
-        if self.search_distribution.adapts:
-            proposal = self.search_distribution.update(
+        new_mean = layout.flatten(variables)
+        proposal = self._proposed_log_variance(log_variance, gradient, new_mean)
+        if self.max_kl is not None:
+            change, log_change = new_mean - mean, proposal - log_variance
+            share = distribution_lib.share_within(
+                self.max_kl, change, log_variance, log_change, layout
+            )
+            new_mean = mean + share * change
+            proposal = log_variance + share * log_change
+            shrunk = layout.unflatten(new_mean)
+            for variable, value in zip(variables, shrunk, strict=True):
+                self.assign(variable, tf.where(share < 1, value, variable))
+        self.assign(self._log_variance, proposal)
+        if self._averaged_mean is not None:
+            average = adaptation.averaged_mean(
+                tf.convert_to_tensor(self._averaged_mean),
+                new_mean,
+                tf.convert_to_tensor(self.iterations),
+            )
+            self.assign(self._averaged_mean, average)
+
+    def _proposed_log_variance(
+        self,
+        log_variance: tf.Tensor,
+        gradient: SearchGradient,
+        new_mean: tf.Tensor,
+    ) -> tf.Tensor:
+        """Where beta goes, unless `max_kl` forbids it."""
+        if not self.search_distribution.adapts:
+            return log_variance
+        if self._averaged_mean is None:
+            return self.search_distribution.update(
                 log_variance, gradient.log_variance
             )
-        if self.max_kl is None:
-            self.assign(self._log_variance, proposal)
-            return
-        mean_change = layout.flatten(variables) - mean
-        log_change = proposal - log_variance
-        share = distribution_lib.largest_step(
-            lambda share: distribution_lib.kl_divergence(
-                share * mean_change,
-                layout.expand(log_variance),
-                layout.expand(log_variance + share * log_change),
-            ),
-            self.max_kl,
-            layout.dtype,
+        return self.search_distribution.bounded(
+            adaptation.adapted_log_variance(
+                log_variance,
+                gradient.log_variance,
+                gradient.correlations,
+                new_mean - tf.convert_to_tensor(self._averaged_mean),
+                self.population_size,
+                self._layout,
+                self._blocks,
+            )
         )
-        self.assign(self._log_variance, log_variance + share * log_change)
-        shrunk = layout.unflatten(mean + share * mean_change)
-        for variable, value in zip(variables, shrunk, strict=True):
-            self.assign(variable, tf.where(share < 1, value, variable))
 
     # --- checks ---
 

@@ -17,7 +17,13 @@ import tensorflow_probability as tfp
 
 from keras_vo.layout import WeightLayout, layer_groups
 
-__all__ = ["GaussianSearchDistribution", "get", "kl_divergence", "largest_step"]
+__all__ = [
+    "GaussianSearchDistribution",
+    "get",
+    "kl_divergence",
+    "largest_step",
+    "share_within",
+]
 
 _VARIANCES = ("fixed", "isotropic", "layerwise", "separable")
 
@@ -27,8 +33,12 @@ class GaussianSearchDistribution:
     """How the variance of the Gaussian search distribution is shaped.
 
     The distribution over the weights is N(mu, diag sigma^2). What is stored
-    and learned is beta = log sigma^2, by plain gradient descent on the search
-    gradient of beta with a learning rate of its own:
+    and learned is beta = log sigma^2. By default sigma follows the mean and
+    the search gradient, by the rule of `keras_vo/adaptation.py`, and the
+    natural gradient of the mean is scaled such that its steps do not depend
+    on sigma. It starts well from any `stddev`, and falls with the learning
+    rate of the mean. With a `learning_rate` of its own, beta goes down its
+    search gradient and nothing else is changed:
 
         beta <- clip(beta - learning_rate * grad_beta)
 
@@ -37,7 +47,10 @@ class GaussianSearchDistribution:
             never changed (an evolution strategy). `"isotropic"`: all.
             `"layerwise"`: those of one layer. `"separable"`: none.
         stddev: initial standard deviation sigma, in units of the weights.
-        learning_rate: learning rate of beta. With natural gradients, centred
+        learning_rate: learning rate of beta; `None`: see above. A number is
+            for objectives of few weights, where the gradient of beta is
+            reliable: then sigma falls as far as the minimum asks for, and the
+            natural step of the mean with it. With natural gradients, centred
             ranks and a population that agrees, one step changes sigma by a
             factor of about exp(learning_rate / 4) at most.
         min_stddev: sigma never falls below this.
@@ -53,7 +66,7 @@ class GaussianSearchDistribution:
         self,
         variance: str = "layerwise",
         stddev: float = 0.2,
-        learning_rate: float = 0.1,
+        learning_rate: float | None = None,
         min_stddev: float = 1e-6,
         max_stddev: float = 1e3,
     ) -> None:
@@ -64,7 +77,7 @@ class GaussianSearchDistribution:
             )
         for name, value in (
             ("stddev", stddev),
-            ("learning_rate", learning_rate),
+            ("learning_rate", 1.0 if learning_rate is None else learning_rate),
             ("min_stddev", min_stddev),
             ("max_stddev", max_stddev),
         ):
@@ -85,7 +98,9 @@ class GaussianSearchDistribution:
             )
         self.variance = variance
         self.stddev = float(stddev)
-        self.learning_rate = float(learning_rate)
+        self.learning_rate = (
+            None if learning_rate is None else float(learning_rate)
+        )
         self.min_stddev = float(min_stddev)
         self.max_stddev = float(max_stddev)
 
@@ -94,13 +109,30 @@ class GaussianSearchDistribution:
         """Whether the variance is learned."""
         return self.variance != "fixed"
 
+    @property
+    def follows_mean(self) -> bool:
+        """Whether it is learned by the rule of `keras_vo/adaptation.py`."""
+        return self.adapts and self.learning_rate is None
+
     def layout(self, variables: Sequence[Any]) -> WeightLayout:
         """The layout of `variables`, grouped as this distribution wants."""
-        groups: tuple[int, ...] | None = (0,) * len(variables)
-        if self.variance == "layerwise":
-            groups = layer_groups(variables)
-        elif self.variance == "separable":
-            groups = None
+        if self.variance == "separable":
+            return self._grouped(variables, None)
+        return self.blocks(variables)
+
+    def blocks(self, variables: Sequence[Any]) -> WeightLayout:
+        """The layout of `variables`, of which each group adapts as a whole:
+
+        a layer where sigma differs within it or between them, else all.
+        """
+        if self.variance in ("layerwise", "separable"):
+            return self._grouped(variables, layer_groups(variables))
+        return self._grouped(variables, (0,) * len(variables))
+
+    @staticmethod
+    def _grouped(
+        variables: Sequence[Any], groups: tuple[int, ...] | None
+    ) -> WeightLayout:
         return WeightLayout(
             shapes=tuple(tuple(v.shape) for v in variables),
             dtypes=tuple(
@@ -110,9 +142,13 @@ class GaussianSearchDistribution:
         )
 
     def update(self, log_variance: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
-        """One bounded descent step on beta = log sigma^2."""
+        """One bounded descent step on beta, with a learning rate of its own."""
+        return self.bounded(log_variance - self.learning_rate * gradient)
+
+    def bounded(self, log_variance: tf.Tensor) -> tf.Tensor:
+        """beta = log sigma^2 within the bounds of sigma."""
         return tf.clip_by_value(
-            log_variance - self.learning_rate * gradient,
+            log_variance,
             2.0 * math.log(self.min_stddev),
             2.0 * math.log(self.max_stddev),
         )
@@ -204,3 +240,33 @@ def largest_step(
         )[0]
 
     return tf.cond(divergence(one) <= max_kl, lambda: one, bisect)
+
+
+def share_within(
+    max_kl: float,
+    mean_change: tf.Tensor,
+    log_variance: tf.Tensor,
+    log_change: tf.Tensor,
+    layout: WeightLayout,
+) -> tf.Tensor:
+    """The largest share of a step whose KL divergence is within `max_kl`.
+
+    Args:
+        max_kl: the bound, in nats.
+        mean_change: mu' - mu, [d].
+        log_variance: beta, [groups].
+        log_change: beta' - beta, [groups].
+        layout: which weights share a variance.
+
+    Returns:
+        A scalar in [0, 1]; see `largest_step`.
+    """
+    return largest_step(
+        lambda share: kl_divergence(
+            share * mean_change,
+            layout.expand(log_variance),
+            layout.expand(log_variance + share * log_change),
+        ),
+        max_kl,
+        layout.dtype,
+    )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_vo import estimators
+from keras_vo import adaptation, estimators
 from keras_vo.chunks import Draws, NoiseSource
 from keras_vo.distribution import Replicas
 from keras_vo.evaluation import Outcome, Population, reduce_noise
@@ -38,17 +38,22 @@ __all__ = ["SearchGradient", "SearchSpaces"]
 
 
 class SearchGradient(NamedTuple):
-    """The gradient of U.
+    """The gradient of U, and what its size is compared with.
 
     Attributes:
         mean: dU/dmu [d].
         log_variance: dU/dbeta [groups]; 0 if sigma is fixed.
+        fisher: Fisher information of beta, alike.
+        correlations: of the utilities with the radius of each block's noise,
+            [blocks]; see `adaptation`. 0 if sigma is fixed.
         squares: sum of the squared norms of the draws' terms of `mean`, as
             the inner optimizer gets it; `None` if it is not measured.
     """
 
     mean: tf.Tensor
     log_variance: tf.Tensor
+    fisher: tf.Tensor
+    correlations: tf.Tensor
     squares: tf.Tensor | None = None
 
 
@@ -60,11 +65,16 @@ class _Gradient(NamedTuple):
         mean: dU/dmu, with the variable's number of elements.
         log_variance: dU/dbeta, alike, or a scalar where its weights share a
             variance; `None` where it is fixed.
+        fisher: Fisher information of the log variance common to its weights,
+            under what is judged at once: a member, or a member's example.
+        utility: root mean square of the utilities in the gradient.
     """
 
     variable: int
     mean: tf.Tensor
     log_variance: tf.Tensor | None
+    fisher: Any
+    utility: tf.Tensor
 
 
 class SearchSpaces:
@@ -72,6 +82,7 @@ class SearchSpaces:
 
     Args:
         layout: of all variables.
+        blocks: the same, by which weights adapt as a whole.
         variables: the variables, mu.
         log_variance: beta, [groups] of the layout.
         recording: what layers have recorded in the mean network's pass.
@@ -88,6 +99,7 @@ class SearchSpaces:
     def __init__(
         self,
         layout: WeightLayout,
+        blocks: WeightLayout,
         variables: Sequence[Any],
         log_variance: tf.Tensor,
         recording: Recording,
@@ -96,6 +108,7 @@ class SearchSpaces:
     ) -> None:
         self._layout = layout
         self._probe = probe
+        self._blocks = blocks
         self._recording = recording
         self._adapts = adapts
         self.means = [tf.convert_to_tensor(v) for v in variables]
@@ -116,6 +129,7 @@ class SearchSpaces:
             ]
             noise = ActivationNoise(
                 site.inputs,
+                layout.shapes[weights[0]][-1],
                 [self._variances[i] for i in weights],
                 adapts,
                 site.mask,
@@ -248,28 +262,37 @@ class SearchSpaces:
             scale * tf.stack(tf.split(by_example, signs), axis=1)
             for by_example in example_utilities  # [draws, signs, batch]
         ]
-        examples = [
-            tf.cast(share.counts * tf.shape(u)[1], utilities.dtype)
-            for u in example_utilities
-        ]
+        counts: list[tf.Tensor] = []
+        for by_example in example_utilities:
+            counts += self._example_counts(by_example, scale, share.counts)
         if self._probe is not None and own:
             own.append(self._probe.ids(share.draws, share.start, share.size))
         if whole is None:
             weights = [*map(share.take, pairs), *own]
             sums = population.reduce(self._sums, weights)
-            totals = replicas.sum([*sums, *examples])
+            totals = replicas.sum([*sums, *counts])
         else:
             totals = list(reduce_noise(whole, self._weight_sums, pairs))
             if own:
                 sums = population.reduce(self._local_sums, own)
-                totals += replicas.sum([*sums, *examples])
-        count = totals.pop() if own else None
-        size = utilities.shape[0]
-        squares = self._take_squares(totals, size, count)
-        mean, log_variance = self._collect(
-            self._each(iter(totals), size, count)
-        )
-        return SearchGradient(mean, log_variance, squares)
+                totals += replicas.sum([*sums, *counts])
+        counts = totals[len(totals) - len(counts) :]
+        squares = self._take_squares(totals, utilities.shape[0], counts)
+        gradient = self._collect(self._each(iter(totals), utilities, counts))
+        return gradient._replace(squares=squares)
+
+    def _example_counts(
+        self, utilities: tf.Tensor, scale: float, counts: bool
+    ) -> list[tf.Tensor]:
+        """Sums over examples: of 1, of squared utilities, and of the Fisher
+        information of each call whose activations are perturbed.
+        """
+        examples = tf.cast(tf.shape(utilities)[1], utilities.dtype)
+        return [
+            counts * examples,
+            scale * tf.reduce_sum(tf.square(utilities)),
+            *(counts * noise.fisher for _, noise in self._local),
+        ]
 
     def _sums(
         self, draws: Draws, records: Any, odd: Any, even: Any, *examples: Any
@@ -380,7 +403,7 @@ class SearchSpaces:
         self,
         totals: list[tf.Tensor],
         size: int,
-        examples: tf.Tensor | None,
+        counts: Sequence[tf.Tensor],
     ) -> tf.Tensor | None:
         """Takes the squared norms out of the sums."""
         if self._probe is None:
@@ -389,14 +412,19 @@ class SearchSpaces:
         if self._local:
             kinds = 1 + len(self._low_rank)
             local = totals.pop(kinds * (1 + self._adapts))
-            scale = tf.math.reciprocal_no_nan(examples)
+            scale = tf.math.reciprocal_no_nan(counts[0])
             squares += local * tf.square(scale)
         return squares
 
     def _each(
-        self, totals: Iterator[tf.Tensor], size: int, examples: tf.Tensor | None
+        self,
+        totals: Iterator[tf.Tensor],
+        utilities: tf.Tensor,
+        counts: Sequence[tf.Tensor],
     ) -> Iterator[_Gradient]:
         """The gradients of single variables from the sums, in their order."""
+        size = utilities.shape[0]
+        utility = tf.sqrt(tf.reduce_mean(tf.square(utilities)))
 
         def log_variance() -> tf.Tensor | None:
             if not self._adapts:
@@ -407,40 +435,62 @@ class SearchSpaces:
             estimators.mean_gradient(next(totals), self._full_stddev, size)
         )
         by_weight = log_variance()
-        if by_weight is None:
-            for i, mean in zip(self._full, means, strict=True):
-                yield _Gradient(i, mean, None)
-        else:
+        betas: list[Any] = [None] * len(means)
+        if by_weight is not None:
             betas = self._full_layout.per_tensor(by_weight)
-            for i, mean, beta in zip(self._full, means, betas, strict=True):
-                yield _Gradient(i, mean, beta)
-        for i in self._low_rank:
+        for i, mean, beta in zip(self._full, means, betas, strict=True):
+            fisher = 0.5 * self._layout.sizes[i]
+            yield _Gradient(i, mean, beta, fisher, utility)
+        for i, noise in self._low_rank.items():
             stddev = tf.sqrt(self._variances[i])
             mean = estimators.mean_gradient(next(totals), stddev, size)
-            yield _Gradient(i, mean, log_variance())
-        for weights, _ in self._local:
-            scale = tf.math.reciprocal_no_nan(examples)
+            yield _Gradient(i, mean, log_variance(), noise.fisher, utility)
+        if not self._local:
+            return
+        scale = tf.math.reciprocal_no_nan(counts[0])
+        utility = tf.sqrt(scale * counts[1])
+        for (weights, _), fisher in zip(self._local, counts[2:], strict=True):
             for i in weights:
                 mean = scale * next(totals)
                 beta = scale * next(totals) if self._adapts else None
-                yield _Gradient(i, mean, beta)
+                # Kernel and bias perturb the same activations.
+                share = scale * fisher / len(weights)
+                yield _Gradient(i, mean, beta, share, utility)
 
-    def _collect(
-        self, gradients: Iterable[_Gradient]
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Sums the gradients by variable: for mu [d] and for beta [groups]."""
+    def _collect(self, gradients: Iterable[_Gradient]) -> SearchGradient:
+        """Sums the gradients by variable, then by group and block."""
         means: list[list[tf.Tensor]] = [[] for _ in self.means]
         betas: list[list[tf.Tensor]] = [[] for _ in self.means]
-        for i, mean, beta in gradients:
+        scaled: list[list[tf.Tensor]] = [[] for _ in self.means]
+        fishers: list[list[tf.Tensor]] = [[] for _ in self.means]
+        dtype = self._layout.dtype
+        for i, mean, beta, fisher, utility in gradients:
             means[i].append(tf.reshape(mean, [-1]))
+            fishers[i].append(tf.cast(fisher, dtype))
             if beta is not None:
                 betas[i].append(beta)
+                total = tf.reduce_sum(beta)
+                scaled[i].append(tf.math.divide_no_nan(total, utility))
         mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
-        if self._adapts:
-            totals = [tf.add_n(b) for b in betas]
-            return mean_gradient, self._layout.by_group(totals)
-        groups = len(self._layout.group_sizes)
-        return mean_gradient, tf.zeros([groups], self._layout.dtype)
+        by_block = self._blocks.by_group([tf.add_n(f) for f in fishers])
+        by_group = by_block
+        if self._layout.groups is None:
+            by_group = tf.fill([self._layout.size], tf.constant(0.5, dtype))
+        if not self._adapts:
+            return SearchGradient(
+                mean_gradient,
+                tf.zeros_like(by_group),
+                by_group,
+                tf.zeros_like(by_block),
+            )
+        return SearchGradient(
+            mean_gradient,
+            self._layout.by_group([tf.add_n(b) for b in betas]),
+            by_group,
+            adaptation.correlation(
+                self._blocks.by_group([tf.add_n(s) for s in scaled]), by_block
+            ),
+        )
 
     def _noise_sizes(self) -> list[int]:
         low_rank = [noise.size for noise in self._low_rank.values()]

@@ -113,6 +113,60 @@ def search_step(
     return mu - rate * grad_mu, beta - beta_rate * grad_beta
 
 
+def adapted_step(
+    f,
+    mu,
+    beta,
+    average,
+    noise,
+    groups,
+    blocks,
+    *,
+    shaping="centered_rank",
+    antithetic=True,
+    rate=1.0,
+    initial_stddev=0.5,
+):
+    """One step of the default adaptation; plain descent on mu."""
+    sigma = np.empty(len(mu))
+    for value, indices in zip(beta, groups, strict=True):
+        sigma[list(indices)] = math.exp(value / 2)
+    z = members(noise, antithetic)
+    n = len(z)
+    losses = np.array([f(mu + sigma * row) for row in z])
+    if shaping == "identity":
+        utilities = identity(losses, antithetic)
+    else:
+        utilities = SHAPINGS[shaping](losses)
+    size = sigma if shaping == "identity" else initial_stddev
+    new_mu = mu - rate * initial_stddev**2 / size * (utilities @ z) / n
+    spread = math.sqrt(np.mean(utilities**2))
+    new_beta = np.array(beta, float)
+    for indices in map(list, blocks):
+        d = len(indices)
+        radius = (z[:, indices] ** 2).sum(axis=1) - d
+        # The score of a common log variance is radius / 2, of variance D / 2.
+        c = np.mean(utilities * radius / 2) / (spread * math.sqrt(d / 2))
+        own = [g for g, i in enumerate(groups) if set(i) <= set(indices)]
+        sizes = [len(groups[g]) for g in own]
+        center = np.average(new_beta[own], weights=sizes)
+        target = center - 2.0 * min(1, n / 128) * (c + 0.03)
+        floor = np.mean((new_mu - average)[indices] ** 2)
+        target = max(target, math.log(floor))
+        natural = np.array(
+            [
+                utilities
+                @ (z[:, list(groups[g])] ** 2 - 1).sum(axis=1)
+                / n
+                / len(groups[g])
+                for g in own
+            ]
+        )
+        natural -= np.average(natural, weights=sizes)
+        new_beta[own] += target - center - 0.1 * natural
+    return new_mu, new_beta
+
+
 def local_reparameterization(
     x,
     example_losses,

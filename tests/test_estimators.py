@@ -38,7 +38,8 @@ def estimate(noise, utilities, stddev, layout, antithetic, natural):
     )
     if natural:
         grad = estimators.natural_mean_gradient(grad, stddev)
-        grad_beta = estimators.natural_log_variance_gradient(grad_beta, layout)
+        fisher = tf.constant(layout.group_sizes, tf.float64) / 2
+        grad_beta = estimators.natural_log_variance_gradient(grad_beta, fisher)
     return grad.numpy(), grad_beta.numpy()
 
 
@@ -211,7 +212,9 @@ def test_natural_gradient_is_inverse_fisher_times_gradient(structure):
         np.random.default_rng(1).normal(size=len(layout.group_sizes))
     )
     np.testing.assert_allclose(
-        estimators.natural_log_variance_gradient(gradient, layout),
+        estimators.natural_log_variance_gradient(
+            gradient, tf.constant(layout.group_sizes, tf.float64) / 2
+        ),
         gradient / diagonal[9:],
         rtol=0.06,
     )

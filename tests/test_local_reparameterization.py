@@ -258,7 +258,11 @@ def test_far_less_variance_than_weight_space_noise():
 
 
 def test_the_natural_gradient_is_the_gradient_over_the_fisher_information():
-    """mu: sigma^2 times; beta: 2 / D times, for the D weights of a layer."""
+    """mu: sigma^2 times; beta: 2 / units times.
+
+    An example sees the noise of the units, whose variance has the common
+    factor sigma^2: 1/2 for each.
+    """
     x, y = make_data()
     plain = gradients(make_model(two_layers(), x, variance="layerwise"), x, y)
     natural = gradients(
@@ -270,7 +274,7 @@ def test_the_natural_gradient_is_the_gradient_over_the_fisher_information():
     )
     np.testing.assert_allclose(natural[0], 0.3**2 * plain[0], rtol=1e-9)
     np.testing.assert_allclose(
-        natural[1], plain[1] * 2 / np.array([12, 8]), rtol=1e-6
+        natural[1], plain[1] * 2 / np.array([3, 2]), rtol=1e-6
     )
 
 
