@@ -92,6 +92,13 @@ class SearchMonitor(keras.callbacks.Callback):
         ImportError: a plot is asked for without matplotlib.
     """
 
+    _epoch: int | None
+    _of_epoch: list[np.ndarray]
+    _last_step: float
+    _row_count: float
+    _row_time: float
+    _step_time: float
+
     def __init__(
         self,
         every: str | int = "epoch",
@@ -117,8 +124,7 @@ class SearchMonitor(keras.callbacks.Callback):
         if tensorboard is not None:
             self._records.append(TensorBoardRecord(os.fspath(tensorboard)))
         self._optimizer: VOOptimizer | None = None
-        self._observer = StepObserver()
-        self._writes = True
+        self._begin(StepObserver())
 
     # --- around `minimize` ---
 
@@ -161,10 +167,10 @@ class SearchMonitor(keras.callbacks.Callback):
                 "Expected `record` within `with monitor.attached(optimizer):`. "
                 "Received: a monitor that is not attached"
             )
-        if self._seen and not self._is_due():
+        if self._last_step and not self._is_due():
             return
         self._read()
-        if not self._seen:
+        if not self._observer.evaluations:
             raise ValueError(
                 "Expected a step of the optimizer before `record`. Received: "
                 "none that the monitor has seen (a tf.function that was "
@@ -198,6 +204,7 @@ class SearchMonitor(keras.callbacks.Callback):
                 f"optimizer={getattr(self.model, 'optimizer', None)!r}"
             )
         self._attach(optimizer)
+        self._observer.leave_fit = self._leave_fit
         # Made before this, it knows no observer.
         self.model.make_train_function(force=True)
 
@@ -225,10 +232,24 @@ class SearchMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         self._draw()
+        self._leave_fit()
+
+    def _leave_fit(self) -> None:
         self.detach()
         self.model.train_function = None  # the next one watches nothing
 
     # --- both ---
+
+    def _begin(self, observer: StepObserver) -> None:
+        """Forgets what it knows of another search."""
+        self._observer = observer
+        self._epoch = None
+        self._of_epoch = []
+        self._waiting = 0  # steps since the numbers were read
+        self._last_step = self._row_count = 0.0
+        now = time.time()
+        self._read_time = self._step_time = self._row_time = now
+        self._drawn, self._drawing = now, 1.0  # a guess of the seconds
 
     def _attach(self, optimizer: VOOptimizer) -> None:
         if optimizer.observer is not None:
@@ -236,7 +257,7 @@ class SearchMonitor(keras.callbacks.Callback):
                 "Expected one SearchMonitor at a time. Received: an optimizer "
                 "that another one is attached to (`detach()` it first)"
             )
-        self._observer = StepObserver(*self._every_and_capacity())
+        self._begin(StepObserver(*self._every_and_capacity()))
         optimizer.observe(self._observer)
         self._optimizer = optimizer
         if not self._append:
@@ -245,13 +266,6 @@ class SearchMonitor(keras.callbacks.Callback):
         if self._writes:
             for record in self._records:
                 record.open()
-        self._epoch: int | None = None
-        self._of_epoch: list[np.ndarray] = []
-        self._seen = self._waiting = 0  # steps
-        self._last_step = self._row_count = 0.0
-        now = time.time()
-        self._read_time = self._step_time = self._row_time = now
-        self._drawn, self._drawing = now, 1.0  # a guess of the seconds
 
     def _every_and_capacity(self) -> tuple[int, int]:
         """One of how many steps is looked at, and how many are kept."""
@@ -267,7 +281,8 @@ class SearchMonitor(keras.callbacks.Callback):
     def _is_due(self) -> bool:
         """Whether there may be enough to read, called once a step."""
         self._waiting += 1
-        late = time.time() - self._read_time > _SECONDS
+        self._step_time = time.time()
+        late = self._step_time - self._read_time > _SECONDS
         return late or self._waiting >= _STEPS
 
     def _read(self) -> None:
@@ -277,8 +292,7 @@ class SearchMonitor(keras.callbacks.Callback):
             return
         rows = self._observer.read()
         for row in rows[rows[:, _STEP] > self._last_step]:
-            self._seen += 1
-            self._last_step, self._step_time = row[_STEP], row[_TIME]
+            self._last_step = row[_STEP]
             if self.every == "epoch":
                 self._of_epoch.append(row)
             else:

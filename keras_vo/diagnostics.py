@@ -82,6 +82,7 @@ class StepObserver:
     Attributes:
         names: of the numbers, known once it is built.
         every: see above.
+        leave_fit: what `fit` calls when it ends, also by an error.
         strategy: that the optimizer is made under; `None`: no one.
     """
 
@@ -89,6 +90,7 @@ class StepObserver:
         self.names: tuple[str, ...] = ()
         self.strategy: Any = None
         self.every = every
+        self.leave_fit: Callable[[], None] | None = None
         self._capacity = capacity
 
     def build(
@@ -141,7 +143,7 @@ class StepObserver:
         numbers = _numbers(step, tf.convert_to_tensor(self._previous))
         numbers["evaluations"] = tf.convert_to_tensor(self._evaluations)
         after = tf.stack([numbers[name] for name in NUMBERS[1:]])
-        sigma = tf.exp(0.5 * self._log_variances(step))
+        sigma = self._sigmas(step)
         with tf.control_dependencies([after]):
             now = tf.timestamp()[None]
         row = tf.concat([now, after, tf.cast(sigma, tf.float64)], axis=0)
@@ -151,19 +153,28 @@ class StepObserver:
         """The numbers of the last steps, [capacity, names]; 0 before them."""
         return distribution.first_local(self._rows, self.strategy).numpy()
 
-    def _log_variances(self, step: ObservedStep) -> tf.Tensor:
-        """Least, median and largest beta of each layer, [3 layers]."""
+    @property
+    def evaluations(self) -> float:
+        """Members evaluated so far."""
+        if not self.names:  # not built
+            return 0.0
+        count = distribution.first_local(self._evaluations, self.strategy)
+        return float(count.numpy())
+
+    def _sigmas(self, step: ObservedStep) -> tf.Tensor:
+        """Least, median and largest sigma of each layer, [3 layers]."""
         if step.layout.groups is not None:
             groups = [step.layout.groups[layer[0]] for layer in self._layers]
-            return tf.gather(step.new_log_variance, np.repeat(groups, 3))
+            beta = tf.gather(step.new_log_variance, np.repeat(groups, 3))
+            return tf.exp(0.5 * beta)
         parts = step.layout.per_tensor(step.new_log_variance)
         values = []
         for layer in self._layers:
             flat = [tf.reshape(parts[i], [-1]) for i in layer]
             values += [
-                tf.reduce_min([tf.reduce_min(part) for part in flat]),
-                _median(tf.concat(flat, axis=0)),
-                tf.reduce_max([tf.reduce_max(part) for part in flat]),
+                tf.exp(0.5 * tf.reduce_min([tf.reduce_min(x) for x in flat])),
+                _median_of_sigma(tf.concat(flat, axis=0)),
+                tf.exp(0.5 * tf.reduce_max([tf.reduce_max(x) for x in flat])),
             ]
         return tf.stack(values)
 
@@ -286,8 +297,8 @@ def _spread(utilities: tf.Tensor, evaluated: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_sum(squares) / count)
 
 
-def _median(values: tf.Tensor) -> tf.Tensor:
-    """The median, of a fixed random sample where there are many values."""
+def _median_of_sigma(values: tf.Tensor) -> tf.Tensor:
+    """From many beta, that of a fixed random sample of them."""
     size = values.shape[0]
     if size > _MEDIAN_SAMPLE:
         generator = np.random.default_rng(0)
@@ -295,4 +306,5 @@ def _median(values: tf.Tensor) -> tf.Tensor:
         values = tf.gather(values, np.sort(sample))
         size = _MEDIAN_SAMPLE
     ascending = tf.sort(values)
-    return 0.5 * (ascending[(size - 1) // 2] + ascending[size // 2])
+    middle = tf.stack([ascending[(size - 1) // 2], ascending[size // 2]])
+    return tf.reduce_mean(tf.exp(0.5 * middle))
