@@ -39,6 +39,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -139,7 +140,9 @@ def column_squares(columns: tf.Tensor, units: int) -> tf.Tensor:
 def signal_to_noise(
     squared_norm: tf.Tensor, squares: tf.Tensor, draws: tf.Tensor
 ) -> tf.Tensor:
-    """The SNR; NaN of less than two draws or if all is 0.
+    """The SNR; NaN of less than two draws, or if the noise is not above 0.
+
+    That may be where its squares are estimated from few columns.
 
     Args:
         squared_norm: |g|^2.
@@ -147,5 +150,5 @@ def signal_to_noise(
         draws: D.
     """
     noise = draws / (draws - 1) * (squares - squared_norm / draws)
-    # Rounding must not turn the noise of equal terms negative.
-    return squared_norm / tf.nn.relu(noise) - 1.0
+    snr = squared_norm / noise - 1.0
+    return tf.where(noise > 0, snr, tf.constant(math.nan, snr.dtype))
