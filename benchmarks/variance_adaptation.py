@@ -11,8 +11,10 @@ line, with the largest gradient norm over its median and the range of sigma.
     cnn      the MNIST network of `thesis_mnist.py`, N = 100, |B| = 200,
              300 generations, cosine decay
 
-    python benchmarks/variance_adaptation.py --task=digits --out=digits.jsonl
-    python benchmarks/variance_adaptation.py --table digits.jsonl ...
+    python benchmarks/variance_adaptation.py --task=digits --out=runs.jsonl
+    python benchmarks/variance_adaptation.py --table --out=runs.jsonl
+
+The second makes a table and `variance_adaptation.png` of the runs.
 """
 
 import json
@@ -28,6 +30,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -47,8 +50,9 @@ flags.DEFINE_list("stddevs", None, "Initial sigmas; none: those of the task.")
 flags.DEFINE_list("seeds", ["0"], "Seeds of each.")
 flags.DEFINE_float("seconds", 60.0, "Seconds of training, for local.")
 flags.DEFINE_integer("steps", 0, "Steps; 0: those of the task.")
-flags.DEFINE_string("out", None, "File that the JSON lines are added to.")
-flags.DEFINE_bool("table", False, "Print a table of the files named.")
+flags.DEFINE_string("out", "runs.jsonl", "File of JSON lines, added to.")
+flags.DEFINE_bool("table", False, "Print a table of the file, draw a plot.")
+flags.DEFINE_string("plot_dir", "benchmarks", "Where the plot goes.")
 flags.DEFINE_string("child", None, "Internal: variance:stddev:seed.")
 
 
@@ -57,7 +61,7 @@ class Watch(keras.callbacks.Callback):
 
     def __init__(self, optimizer, seconds=None):
         super().__init__()
-        self.norms, self.sigmas = [], []
+        self.norms, self.sigmas, self.layers = [], [], []
         self._norm = tf.Variable(0.0)
         self._optimizer, self._seconds = optimizer, seconds
         apply = optimizer.inner_optimizer.apply
@@ -73,32 +77,24 @@ class Watch(keras.callbacks.Callback):
         if len(self.norms) == 1:
             self._start = time.perf_counter()  # the first step compiles
         if len(self.norms) % 20 == 1:
-            self.sigmas.append(
-                [
-                    float(tf.exp(tf.reduce_mean(tf.math.log(s))))
-                    for s in self._optimizer.stddevs
-                    if len(s.shape) > 1
-                ]
-            )
-            flat = tf.concat(
-                [tf.reshape(s, [-1]) for s in self._optimizer.stddevs], 0
-            )
-            self.sigmas[-1] += [
-                float(tf.reduce_min(flat)),
-                float(tf.reduce_max(flat)),
+            stddevs = [np.ravel(s) for s in self._optimizer.stddevs]
+            # Of each kernel, the geometric mean.
+            self.layers = [
+                float(f"{np.exp(np.log(s).mean()):.3g}") for s in stddevs[::2]
             ]
+            self.sigmas += [s.min() for s in stddevs]
+            self.sigmas += [s.max() for s in stddevs]
         elapsed = time.perf_counter() - self._start
         if self._seconds and elapsed > self._seconds:
             self.model.stop_training = True
 
     def summary(self):
-        sigmas = np.array(self.sigmas)
         return {
             "steps": len(self.norms),
             "norm_ratio": max(self.norms) / statistics.median(self.norms),
-            "sigma_min": float(sigmas[:, -2].min()),
-            "sigma_max": float(sigmas[:, -1].max()),
-            "sigma_end": [float(f"{s:.3g}") for s in sigmas[-1, :-2]],
+            "sigma_min": float(min(self.sigmas)),
+            "sigma_max": float(max(self.sigmas)),
+            "sigma_end": self.layers,
         }
 
 
@@ -216,15 +212,85 @@ def run_all():
         ).stdout
         line = output.splitlines()[-1]
         print(line, flush=True)
-        if FLAGS.out:
-            with open(FLAGS.out, "a") as file:
-                file.write(line + "\n")
+        with open(FLAGS.out, "a") as file:
+            file.write(line + "\n")
+
+
+def grouped(runs):
+    """Tasks, each a dict from (variance, sigma) to its runs."""
+    tasks = {}
+    for run in runs:
+        cells = tasks.setdefault(run["task"], {})
+        cells.setdefault((run["variance"], run["stddev"]), []).append(run)
+    return tasks
+
+
+def print_table(runs):
+    for task, cells in grouped(runs).items():
+        stddevs = sorted({stddev for _, stddev in cells})
+        print(f"\n| {task}: sigma_0 |", *(f"{s:g} |" for s in stddevs), end="")
+        print(" gradient norm, largest / median | sigma |")
+        print("|---" * (len(stddevs) + 3) + "|")
+        for variance in VARIANCES:
+            row = [cells.get((variance, stddev), []) for stddev in stddevs]
+            of_all = [run for cell in row for run in cell]
+            if not of_all:
+                continue
+            texts = [_accuracy([r["accuracy"] for r in cell]) for cell in row]
+            ratio = max(run["norm_ratio"] for run in of_all)
+            least = min(run["sigma_min"] for run in of_all)
+            most = max(run["sigma_max"] for run in of_all)
+            texts += [f"{ratio:.1f}", f"{least:.2g} to {most:.2g}"]
+            print(f"| {variance} |", " | ".join(texts), "|")
+
+
+def _accuracy(values):
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ({min(values):.3f} to {max(values):.3f})"
+    return text
+
+
+def draw(runs):
+    tasks = grouped(runs)
+    figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained")
+    for axes, (task, cells) in zip(
+        np.ravel(figure.subplots(1, len(tasks), squeeze=False)),
+        tasks.items(),
+        strict=True,
+    ):
+        for index, variance in enumerate(VARIANCES):
+            points = sorted(
+                (stddev, statistics.mean(r["accuracy"] for r in cell))
+                for (name, stddev), cell in cells.items()
+                if name == variance
+            )
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "s--" if variance == "fixed" else "o-",
+                    color=f"C{index}",
+                    label=variance,
+                )
+        axes.set(xscale="log", xlabel="initial sigma", title=task)
+        axes.set_ylabel("test accuracy")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(os.path.join(FLAGS.plot_dir, "variance_adaptation.png"))
 
 
 def main(argv):
     if FLAGS.child:
         variance, stddev, seed = FLAGS.child.split(":")
         print(json.dumps(run(variance, float(stddev), int(seed))))
+        return
+    if FLAGS.table:
+        with open(FLAGS.out) as file:
+            runs = [json.loads(line) for line in file]
+        print_table(runs)
+        draw(runs)
         return
     run_all()
 

@@ -62,7 +62,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("stddev", _DISTRIBUTION.stddev, "Initial sigma.")
 flags.DEFINE_float(
-    "variance_learning_rate", _DISTRIBUTION.learning_rate, "Of log sigma^2."
+    "variance_learning_rate",
+    _DISTRIBUTION.learning_rate,
+    "Of log sigma^2; none: the package's own rule.",
 )
 flags.DEFINE_float("min_stddev", _DISTRIBUTION.min_stddev, "Least sigma.")
 flags.DEFINE_float("max_stddev", _DISTRIBUTION.max_stddev, "Greatest sigma.")

@@ -70,12 +70,16 @@ flags.DEFINE_integer("population_size", 16, "Members a step.")
 flags.DEFINE_float("learning_rate", 0.005, "Of Adam; decays to 0 by a cosine.")
 flags.DEFINE_enum(
     "variance",
-    "layerwise",
+    "fixed",
     ["fixed", "isotropic", "layerwise", "separable"],
     "Which weights share a variance.",
 )
 flags.DEFINE_float("stddev", 0.1, "Initial sigma.")
-flags.DEFINE_float("variance_learning_rate", 0.1, "Of log sigma^2.")
+flags.DEFINE_float(
+    "variance_learning_rate",
+    None,
+    "Of log sigma^2, where it is not fixed; none: the package's own rule.",
+)
 flags.DEFINE_float("min_stddev", 1e-6, "Least sigma.")
 flags.DEFINE_enum(
     "fitness_shaping",

@@ -15,7 +15,8 @@ weights if sigma is isotropic):
 c_b is the correlation of the utilities with the radius: the step in whitened
 coordinates, F^-1/2 dU/dbeta, in units of the utilities. Its noise is
 1 / sqrt(N) whatever D. `pull` leans towards less: without it the walk of a
-sigma that the losses do not restore has no home.
+sigma that the losses do not restore has no home. (Where all losses are equal,
+sigma grows instead.)
 
 The floor keeps where the mean has been within the search distribution: sigma
 is at least the root mean square distance of the mean from its own moving
@@ -52,15 +53,23 @@ _DEVIATION_RATE = 0.1
 _LEAST_HORIZON = 100.0
 
 
-def correlation(scaled_gradient: tf.Tensor, fisher: tf.Tensor) -> tf.Tensor:
+def correlation(
+    scaled_gradient: tf.Tensor, fisher: tf.Tensor, utility: tf.Tensor
+) -> tf.Tensor:
     """c_b = (dU/dbeta_b / rms(u)) / sqrt(F_b); 0 where F is 0.
+
+    Where all members have the same loss there is no correlation to be had:
+    sigma is too small to see a step of the loss. c is then -2 pull, so that
+    sigma grows as fast as it falls otherwise.
 
     Args:
         scaled_gradient: dU/dbeta over the root mean square of the utilities,
             [blocks].
         fisher: Fisher information of a block's common log variance, alike.
+        utility: 0 where all utilities are 0, alike.
     """
-    return tf.math.divide_no_nan(scaled_gradient, tf.sqrt(fisher))
+    c = tf.math.divide_no_nan(scaled_gradient, tf.sqrt(fisher))
+    return tf.where(utility > 0, c, -2.0 * _PULL)
 
 
 def averaged_mean(

@@ -54,6 +54,7 @@ def identity(losses: tf.Tensor, antithetic: bool = False) -> tf.Tensor:
         Utilities like `losses`, of sum 0.
     """
     losses = _worst_finite_for_non_finite(losses)
+    losses -= losses[:1]  # so that equal losses have a mean of exactly 0
     count = losses.shape[0]
     own = losses
     shared = 1
@@ -188,7 +189,9 @@ def _by_rank(losses: tf.Tensor, table: np.ndarray) -> tf.Tensor:
     ascending = tf.sort(losses)
     first = tf.searchsorted(ascending, losses, side="left")
     end = tf.searchsorted(ascending, losses, side="right")
-    cumulative = tf.constant(np.concatenate([[0.0], np.cumsum(table)]))
+    cumulative = np.concatenate([[0.0], np.cumsum(table)])
+    cumulative[-1] = 0.0  # not almost: all losses equal, all utilities 0
+    cumulative = tf.constant(cumulative)
     total = tf.gather(cumulative, end) - tf.gather(cumulative, first)
     mean = total / tf.cast(end - first, total.dtype)
     return tf.cast(tf.transpose(mean), losses.dtype)

@@ -463,10 +463,12 @@ class SearchSpaces:
         betas: list[list[tf.Tensor]] = [[] for _ in self.means]
         scaled: list[list[tf.Tensor]] = [[] for _ in self.means]
         fishers: list[list[tf.Tensor]] = [[] for _ in self.means]
+        utilities: list[list[tf.Tensor]] = [[] for _ in self.means]
         dtype = self._layout.dtype
         for i, mean, beta, fisher, utility in gradients:
             means[i].append(tf.reshape(mean, [-1]))
             fishers[i].append(tf.cast(fisher, dtype))
+            utilities[i].append(utility)
             if beta is not None:
                 betas[i].append(beta)
                 total = tf.reduce_sum(beta)
@@ -488,7 +490,9 @@ class SearchSpaces:
             self._layout.by_group([tf.add_n(b) for b in betas]),
             by_group,
             adaptation.correlation(
-                self._blocks.by_group([tf.add_n(s) for s in scaled]), by_block
+                self._blocks.by_group([tf.add_n(s) for s in scaled]),
+                by_block,
+                self._blocks.by_group([tf.add_n(u) for u in utilities]),
             ),
         )
 

@@ -149,3 +149,12 @@ def test_examples_are_shaped_one_by_one(name, antithetic):
     columns = [shape(name, column, antithetic) for column in losses.T]
     np.testing.assert_allclose(got, np.stack(columns, 1), atol=1e-12)
     np.testing.assert_allclose(got[:, 4], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_losses_have_utilities_of_exactly_zero(name, antithetic):
+    for count in (6, 10, 128):
+        for dtype in ("float32", "float64"):
+            got = shape(name, [0.1] * count, antithetic, dtype)
+            np.testing.assert_array_equal(got, np.zeros(count))
