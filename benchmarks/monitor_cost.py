@@ -3,8 +3,8 @@
 Two models of the same kind are trained in turns in one process, an epoch of
 one after an epoch of the other. Reported are the medians of their times, and
 that of the ratios of the epochs of one turn; of CPU time too, which depends
-less on who else uses the machine. The monitor writes a row of CSV each step.
-One JSON line a cell.
+less on who else uses the machine. The monitor writes a row of CSV each
+step or epoch. One JSON line a cell.
 
     python benchmarks/monitor_cost.py
 """
@@ -27,6 +27,7 @@ import keras_vo
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("epochs", 20, "Pairs of epochs in a cell.")
 flags.DEFINE_integer("steps", 100, "Steps of an epoch.")
+flags.DEFINE_list("every", ["step", "epoch"], "What the monitor records.")
 flags.DEFINE_list("variances", ["layerwise"], "Variance structures.")
 flags.DEFINE_list("cells", ["0", "1", "2"], "Which of `CELLS`.")
 
@@ -81,12 +82,14 @@ class Turns(keras.callbacks.Callback):
         self.others.set()
 
 
-def measure(units, layer, population_size, batch_size, variance, directory):
+def measure(
+    units, layer, population_size, batch_size, variance, every, directory
+):
     generator = np.random.default_rng(0)
     off, on = Turns(), Turns()
     off.others, on.others = on.mine, off.mine
     monitor = keras_vo.callbacks.SearchMonitor(
-        "step", csv=os.path.join(directory, "search.csv")
+        every, csv=os.path.join(directory, "search.csv")
     )
 
     def fit(callbacks):
@@ -117,6 +120,7 @@ def measure(units, layer, population_size, batch_size, variance, directory):
         "network": "-".join(map(str, units)),
         "layer": layer.__name__,
         "variance": variance,
+        "every": every,
         "population_size": population_size,
         "batch": batch_size,
     }
@@ -135,8 +139,10 @@ def measure(units, layer, population_size, batch_size, variance, directory):
 def main(argv):
     del argv
     with tempfile.TemporaryDirectory() as directory:
-        for cell, variance in itertools.product(FLAGS.cells, FLAGS.variances):
-            row = measure(*CELLS[int(cell)], variance, directory)
+        for cell, *kind in itertools.product(
+            FLAGS.cells, FLAGS.variances, FLAGS.every
+        ):
+            row = measure(*CELLS[int(cell)], *kind, directory)
             print(json.dumps(row), flush=True)
 
 

@@ -64,7 +64,8 @@ class SearchMonitor(keras.callbacks.Callback):
 
     A step without a finite loss moves nothing: its `kl` is 0, and NaN stands
     for its utilities and its gradient. NaN are the cosine of the first step
-    and the SNR of a single draw, too. Means over an epoch leave NaN out.
+    and the SNR of a single draw, too; with `LocalReparamDense` the SNR is
+    measured in one of eight steps. Means over an epoch leave NaN out.
 
     The numbers are computed within the step; nothing else about it changes,
     and a step that no monitor watches is the same as ever. They are taken from
@@ -72,9 +73,10 @@ class SearchMonitor(keras.callbacks.Callback):
     first worker alone writes files; pass the monitor on all workers.
 
     Args:
-        every: `"step"`, `"epoch"` (means over its steps; of sigma and of the
-            counters the last values) or an integer: a row in that many steps,
-            with the numbers of that step.
+        every: `"step"`, `"epoch"` (means over its steps, of which one in
+            eight is looked at from 64 on; of sigma and of the counters the
+            last values) or an integer: a row in that many steps, with the
+            numbers of that step.
         csv: path of a CSV file, one row after another.
         tensorboard: directory for event files, which `pip install
             keras_vo[tensorboard]` shows.
