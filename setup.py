@@ -20,6 +20,7 @@ EXAMPLES = [
     "gymnasium[classic-control]",
 ]
 TENSORBOARD = ["tensorboard"]
+PLOTS = ["matplotlib"]
 
 setuptools.setup(
     name="keras_vo",
@@ -45,11 +46,13 @@ setuptools.setup(
     ],
     extras_require={
         "examples": EXAMPLES,
+        "plots": PLOTS,
         "tensorboard": TENSORBOARD,
         "test": TEST,
         "dev": [
             *TEST,
             *EXAMPLES,
+            *PLOTS,
             *TENSORBOARD,
             "pytest-xdist",
             "ruff",

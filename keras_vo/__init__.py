@@ -1,6 +1,12 @@
 """Train Keras models by variational optimization, from forward passes only."""
 
-from keras_vo import distribution, exchange, fitness_shaping, layers
+from keras_vo import (
+    callbacks,
+    distribution,
+    exchange,
+    fitness_shaping,
+    layers,
+)
 from keras_vo.models import VOModel, VOSequential, make_variational
 from keras_vo.optimizer import Generation, VOOptimizer
 from keras_vo.search_distribution import GaussianSearchDistribution
@@ -15,6 +21,7 @@ __all__ = [
     "VOSequential",
     "VOTrainStep",
     "__version__",
+    "callbacks",
     "distribution",
     "exchange",
     "fitness_shaping",

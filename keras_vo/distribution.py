@@ -34,6 +34,7 @@ __all__ = [
     "lost_workers_explained",
     "multi_worker_strategy",
     "on_each_replica",
+    "replica_local_variable",
     "undivided_losses",
     "wait_for_workers",
     "worker_name",
@@ -169,6 +170,19 @@ def first_local(values: Any, strategy: Any = None) -> Any:
     strategy = strategy or tf.distribute.get_strategy()
     return keras.tree.map_structure(
         lambda value: strategy.experimental_local_results(value)[0], values
+    )
+
+
+def replica_local_variable(value: Any) -> tf.Variable:
+    """A variable that each replica assigns for itself, and no one saves.
+
+    Outside of replicas it is read by `first_local`.
+    """
+    return tf.Variable(
+        value,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
     )
 
 

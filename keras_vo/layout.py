@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["WeightLayout", "layer_groups"]
+__all__ = ["WeightLayout", "layer_groups", "layer_names"]
 
 
 def layer_groups(variables: Sequence[Any]) -> tuple[int, ...]:
@@ -36,6 +36,32 @@ def layer_groups(variables: Sequence[Any]) -> tuple[int, ...]:
         seen[path] += 1
         groups.append(keys.setdefault(key, len(keys)))
     return tuple(groups)
+
+
+def layer_names(variables: Sequence[Any]) -> tuple[str, ...]:
+    """The name of each layer that `layer_groups` numbers, all different.
+
+    That is its path without what all paths begin with (the model's name), or
+    the name of a variable without a parent.
+    """
+    groups = layer_groups(variables)
+    paths: list[list[str]] = []
+    for group, variable in zip(groups, variables, strict=True):
+        if group == len(paths):
+            path = getattr(variable, "path", variable.name.rpartition(":")[0])
+            parts = path.split("/")
+            paths.append(parts[:-1] or parts)
+    common = 0
+    while (
+        all(len(parts) > common + 1 for parts in paths)
+        and len({parts[common] for parts in paths}) == 1
+    ):
+        common += 1
+    names: list[str] = []
+    for index, parts in enumerate(paths):
+        name = "/".join(parts[common:])
+        names.append(f"{name}_{index}" if name in names else name)
+    return tuple(names)
 
 
 @dataclasses.dataclass(frozen=True)

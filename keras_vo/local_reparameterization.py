@@ -32,6 +32,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -228,6 +229,55 @@ class ActivationNoise:
         return [
             term for terms in by_weight[: 1 + self._has_bias] for term in terms
         ]
+
+    def columns(
+        self,
+        noise: tf.Tensor,
+        record: tuple[tf.Tensor, ...],
+        utilities: tf.Tensor,
+        units: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """A column of each draw's term of the sums for mu.
+
+        Args:
+            noise: as in `sums`, and so are the next two.
+            record: A and v.
+            utilities: u.
+            units: the column of each draw, [chunk].
+
+        Returns:
+            For the kernel [chunk, in], then for the bias [chunk, 1].
+        """
+        inputs, variance = record or (self._inputs, self.variance)
+        pick = functools.partial(tf.gather, axis=-1, batch_dims=1)
+        xi = pick(noise, units)[:, None]  # [chunk, 1, batch, ...]
+        if variance.shape[-1] == 1:
+            variance = variance[..., 0]
+        elif record:
+            variance = pick(variance, units)
+        else:
+            variance = tf.gather(variance, units, axis=-1)
+            last = variance.shape.rank - 1
+            variance = tf.transpose(variance, [last, *range(last)])[:, None]
+        signs = tf.constant([1.0, -1.0][: utilities.shape[1]], noise.dtype)
+        positions = [1] * (noise.shape.rank - 3)
+        utilities = tf.reshape(
+            utilities * signs[:, None],
+            tf.concat([tf.shape(utilities), positions], axis=0),
+        )
+        if self._mask is not None:
+            utilities = utilities * self._mask[..., 0]
+        score, _ = scores(utilities * xi, xi, _finite(variance))
+        count = tf.shape(units)[0]
+        if record:
+            rows = tf.reshape(_finite(inputs), [count, -1, inputs.shape[-1]])
+            flat = tf.reshape(score, [count, -1])
+            kernel = tf.matmul(flat[:, None], rows)[:, 0]
+        else:
+            flat = tf.reshape(tf.reduce_sum(score, axis=1), [count, -1])
+            kernel = flat @ tf.reshape(inputs, [-1, inputs.shape[-1]])
+        bias = tf.reduce_sum(flat, axis=1, keepdims=True)
+        return [kernel, bias][: 1 + self._has_bias]
 
 
 def _finite(values: tf.Tensor) -> tf.Tensor:

@@ -41,6 +41,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from keras_vo.signal_to_noise import Probe, kernel_squares
+
 __all__ = [
     "KernelNoise",
     "kernel_noise",
@@ -174,6 +176,13 @@ class KernelNoise:
     ) -> tf.Tensor:
         """`log_variance_sums` over the noise [n, size]."""
         return log_variance_sums(*self._split(noise), weights, self._shared)
+
+    def squares(
+        self, noise: tf.Tensor, weights: tf.Tensor, probe: Probe
+    ) -> tf.Tensor:
+        """`signal_to_noise.kernel_squares` over the noise [n, size]."""
+        factor = probe.factor(self._stddev)
+        return kernel_squares(*self._split(noise), weights, factor)
 
     def _split(self, noise: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         leading = [-1 if n is None else n for n in noise.shape[:-1]]

@@ -31,9 +31,12 @@ from keras_vo import inner_optimizer as inner_lib
 from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
 from keras_vo.chunks import ChunkPlan, NoiseSource
+from keras_vo.diagnostics import ObservedStep, StepObserver
 from keras_vo.evaluation import Outcome, evaluate_population
+from keras_vo.layout import layer_groups, layer_names
 from keras_vo.perturbation import Recording
 from keras_vo.replicas import Share, shaped_where_evaluated, was_evaluated
+from keras_vo.signal_to_noise import Probe
 from keras_vo.spaces import SearchGradient, SearchSpaces
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
@@ -184,6 +187,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         )
         self.exchange = exchange_lib.checked_exchange(exchange)
         self._strategy = distribution.current_strategy()
+        self.observer: StepObserver | None = None
 
     # --- state ---
 
@@ -207,6 +211,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         if distribution.current_strategy() is not None:
             inner_lib.check_no_overwriting(self.inner_optimizer)
         self._layout = self.search_distribution.layout(variables)
+        self._layers = layer_groups(variables), layer_names(variables)
         self._blocks = self.search_distribution.blocks(variables)
         self._variable_ids = tuple(id(v) for v in variables)
         self._variable_names = tuple(checks.variable_name(v) for v in variables)
@@ -246,6 +251,24 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
             self._averaged_mean.assign(self._layout.flatten(variables))
         super().build(variables)
+        if self.observer is not None:
+            self.observer.build(self._layout, *self._layers)
+
+    def observe(self, observer: StepObserver | None) -> None:
+        """Lets `observer` see each step whose graph is made from now on.
+
+        Args:
+            observer: it; `None`: no one.
+        """
+        self.observer = observer
+        if self.built and observer is not None:
+            with distribution.entered(self._strategy):
+                observer.build(self._layout, *self._layers)
+
+    @property
+    def strategy(self) -> Any:
+        """The tf.distribute strategy it is made under; `None`: no one."""
+        return self._strategy
 
     @property
     def variables(self) -> list[Any]:
@@ -375,6 +398,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             log_variance,
             recording,
             self.search_distribution.adapts,
+            self._probe(),
         )
 
         def outcome(weights: list[tf.Tensor]) -> Outcome:
@@ -423,6 +447,22 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 log_variance,
                 gradient,
             )
+            if self.observer is not None:
+                self.observer.observe(
+                    ObservedStep(
+                        layout,
+                        tf.convert_to_tensor(self.generations),
+                        spaces.means,
+                        [tf.convert_to_tensor(v) for v in variables],
+                        log_variance,
+                        tf.convert_to_tensor(self._log_variance),
+                        gradient,
+                        self._signs,
+                        losses,
+                        utilities,
+                        evaluated,
+                    )
+                )
             self.assign_add(self.generations, 1)
         return Generation(
             losses,
@@ -569,29 +609,45 @@ class VOOptimizer(keras.optimizers.Optimizer):
     def _preconditioned(
         self, gradient: SearchGradient, log_variance: tf.Tensor
     ) -> SearchGradient:
-        """The gradients that steps go down, natural if they are to be.
+        """The gradients that steps go down, natural if they are to be."""
+        if not self.natural_gradient:
+            return gradient
+        stddev = self._stddev(log_variance)
+        mean = self._preconditioned_mean(gradient.mean, stddev)
+        if self._averaged_mean is not None:
+            return gradient._replace(mean=mean)
+        return gradient._replace(
+            mean=mean,
+            log_variance=estimators.natural_log_variance_gradient(
+                gradient.log_variance, gradient.fisher
+            ),
+        )
+
+    def _preconditioned_mean(
+        self, gradient: tf.Tensor, stddev: tf.Tensor
+    ) -> tf.Tensor:
+        """The gradient of the mean that the inner optimizer gets.
 
         Where sigma follows the mean, the steps of the mean do not follow
         sigma.
         """
         if not self.natural_gradient:
             return gradient
-        stddev = self._stddev(log_variance)
-        if self._averaged_mean is not None:
-            return gradient._replace(
-                mean=estimators.whitened_mean_gradient(
-                    gradient.mean,
-                    stddev,
-                    self.search_distribution.stddev,
-                    self.fitness_shaping == "identity",
-                )
-            )
-        return gradient._replace(
-            mean=estimators.natural_mean_gradient(gradient.mean, stddev),
-            log_variance=estimators.natural_log_variance_gradient(
-                gradient.log_variance, gradient.fisher
-            ),
+        if self._averaged_mean is None:
+            return estimators.natural_mean_gradient(gradient, stddev)
+        return estimators.whitened_mean_gradient(
+            gradient,
+            stddev,
+            self.search_distribution.stddev,
+            self.fitness_shaping == "identity",
         )
+
+    def _probe(self) -> Probe | None:
+        """What the observer wants to know of the gradient."""
+        if self.observer is None:
+            return None
+        generation = tf.convert_to_tensor(self.generations)
+        return Probe(self._preconditioned_mean, generation, self.observer.every)
 
     def _update(
         self,

@@ -104,6 +104,8 @@ class ReplicatedModel(_KerasModel):
                 # Where BackupAndRestore lets Keras begin.
                 "initial_epoch": self._initial_epoch,
                 "steps_per_execution": self.steps_per_execution,
+                "SearchMonitor": getattr(self.optimizer, "observer", None)
+                is not None,
                 "weights": [list(v.shape) for v in self.weights],
                 "values of weights": _digest(self.weights),
                 "state of the search": _digest(self.optimizer.variables),

@@ -28,6 +28,11 @@ from keras_vo.local_reparameterization import ActivationNoise
 from keras_vo.low_rank import KernelNoise
 from keras_vo.perturbation import Evaluation, Recording, entered
 from keras_vo.replicas import Share
+from keras_vo.signal_to_noise import (
+    Probe,
+    column_squares,
+    full_squares,
+)
 
 __all__ = ["SearchGradient", "SearchSpaces"]
 
@@ -41,12 +46,15 @@ class SearchGradient(NamedTuple):
         fisher: Fisher information of beta, alike.
         correlations: of the utilities with the radius of each block's noise,
             [blocks]; see `adaptation`. 0 if sigma is fixed.
+        squares: sum of the squared norms of the draws' terms of `mean`, as
+            the inner optimizer gets it; `None` if it is not measured.
     """
 
     mean: tf.Tensor
     log_variance: tf.Tensor
     fisher: tf.Tensor
     correlations: tf.Tensor
+    squares: tf.Tensor | None = None
 
 
 class _Gradient(NamedTuple):
@@ -79,6 +87,10 @@ class SearchSpaces:
         log_variance: beta, [groups] of the layout.
         recording: what layers have recorded in the mean network's pass.
         adapts: whether sigma is to be changed.
+        probe: what the gradient is measured by; `None`: it is not.
+
+    Attributes:
+        means: mu, a tensor for each variable.
 
     Raises:
         ValueError: layers of two kinds share a variable.
@@ -92,12 +104,14 @@ class SearchSpaces:
         log_variance: tf.Tensor,
         recording: Recording,
         adapts: bool,
+        probe: Probe | None = None,
     ) -> None:
         self._layout = layout
+        self._probe = probe
         self._blocks = blocks
         self._recording = recording
         self._adapts = adapts
-        self._means = [tf.convert_to_tensor(v) for v in variables]
+        self.means = [tf.convert_to_tensor(v) for v in variables]
         self._variances = layout.per_tensor(tf.exp(log_variance))
         index = {id(v): i for i, v in enumerate(variables)}
         self._low_rank = {
@@ -187,7 +201,7 @@ class SearchSpaces:
 
         def evaluate(draws: Draws, sign: float) -> Outcome:
             full, *factors = self._split(draws.weights)
-            weights: list[Any] = list(self._means)
+            weights: list[Any] = list(self.means)
             perturbed = self._full_layout.unflatten(
                 self._full_mean + sign * self._full_stddev * full
             )
@@ -197,7 +211,7 @@ class SearchSpaces:
             for kernel, (i, noise), part in zip(
                 kernels, self._low_rank.items(), factors, strict=True
             ):
-                mean = self._means[i]
+                mean = self.means[i]
                 products[id(kernel)] = (mean, *noise.factors(part, sign))
                 # Read by what is not a call of the layer (a regularizer).
                 change = noise.change(part, sign)
@@ -251,6 +265,8 @@ class SearchSpaces:
         counts: list[tf.Tensor] = []
         for by_example in example_utilities:
             counts += self._example_counts(by_example, scale, share.counts)
+        if self._probe is not None and own:
+            own.append(self._probe.ids(share.draws, share.start, share.size))
         if whole is None:
             weights = [*map(share.take, pairs), *own]
             sums = population.reduce(self._sums, weights)
@@ -261,7 +277,9 @@ class SearchSpaces:
                 sums = population.reduce(self._local_sums, own)
                 totals += replicas.sum([*sums, *counts])
         counts = totals[len(totals) - len(counts) :]
-        return self._collect(self._each(iter(totals), utilities, counts))
+        squares = self._take_squares(totals, utilities.shape[0], counts)
+        gradient = self._collect(self._each(iter(totals), utilities, counts))
+        return gradient._replace(squares=squares)
 
     def _example_counts(
         self, utilities: tf.Tensor, scale: float, counts: bool
@@ -290,7 +308,8 @@ class SearchSpaces:
     ) -> list[tf.Tensor]:
         """Sums over a chunk: of the noise of weights."""
         full, *factors = self._split(draws.weights)
-        terms = [estimators.weighted_noise(full, odd)]
+        terms = self._weight_squares(full, factors, odd)
+        terms.append(estimators.weighted_noise(full, odd))
         if self._adapts:
             terms.append(
                 estimators.weighted_excess(full, even, self._full_layout)
@@ -305,13 +324,97 @@ class SearchSpaces:
         self, draws: Draws, records: Any, *examples: Any
     ) -> list[tf.Tensor]:
         """Sums over a chunk: of the noise of activations."""
-        return [
+        squares = self._local_squares(draws, records, *examples)
+        return squares + [
             term
             for (_, local), xi, record in zip(
                 self._local, draws.activations, records, strict=True
             )
-            for term in local.sums(xi, record, *examples)
+            for term in local.sums(xi, record, examples[0])
         ]
+
+    def _weight_squares(
+        self, full: tf.Tensor, factors: Sequence[tf.Tensor], odd: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Squared norms of the draws' terms, summed over a chunk; or nothing.
+
+        Of the mean's gradient, as the inner optimizer gets it.
+        """
+        probe = self._probe
+        if probe is None:
+            return []
+        terms = [
+            noise.squares(part, odd, probe)
+            for noise, part in zip(
+                self._low_rank.values(), factors, strict=True
+            )
+        ]
+        if self._full:
+            factor = probe.factor(self._full_stddev)
+            terms.append(full_squares(full, odd, factor))
+        return [tf.add_n(terms) if terms else tf.zeros([], odd.dtype)]
+
+    def _local_squares(
+        self, draws: Draws, records: Any, *examples: Any
+    ) -> list[tf.Tensor]:
+        """The same, of the noise of activations."""
+        if self._probe is None or not self._local:
+            return []
+        probe, (utilities, ids) = self._probe, examples
+
+        def squares() -> tf.Tensor:
+            return self._local_squares_of(probe, draws, records, utilities, ids)
+
+        nothing = tf.constant(math.nan, utilities.dtype)
+        return [tf.cond(probe.looks_at_columns, squares, lambda: nothing)]
+
+    def _local_squares_of(
+        self,
+        probe: Probe,
+        draws: Draws,
+        records: Any,
+        utilities: tf.Tensor,
+        ids: tf.Tensor,
+    ) -> tf.Tensor:
+        """Of one column of each variable and draw."""
+        columns: dict[int, list[tf.Tensor]] = {}
+        units: dict[int, tf.Tensor] = {}
+        for (weights, local), xi, record in zip(
+            self._local, draws.activations, records, strict=True
+        ):
+            size = self._layout.shapes[weights[0]][-1]
+            unit = tf.math.floormod(ids, size)
+            parts = local.columns(xi, record, utilities, unit)
+            for i, column in zip(weights, parts, strict=True):
+                columns.setdefault(i, []).append(column)
+                units[i] = unit
+        terms = []
+        for i, parts in columns.items():
+            stddev = tf.sqrt(self._variances[i])
+            if stddev.shape.rank:
+                # [in, units] or [units] to [chunk, in] or [chunk, 1]
+                by_unit = tf.reshape(stddev, [-1, stddev.shape[-1]])
+                stddev = tf.transpose(tf.gather(by_unit, units[i], axis=1))
+            column = probe.precondition(tf.add_n(parts), stddev)
+            terms.append(column_squares(column, self._layout.shapes[i][-1]))
+        return tf.add_n(terms)
+
+    def _take_squares(
+        self,
+        totals: list[tf.Tensor],
+        size: int,
+        counts: Sequence[tf.Tensor],
+    ) -> tf.Tensor | None:
+        """Takes the squared norms out of the sums."""
+        if self._probe is None:
+            return None
+        squares = totals.pop(0) / size**2
+        if self._local:
+            kinds = 1 + len(self._low_rank)
+            local = totals.pop(kinds * (1 + self._adapts))
+            scale = tf.math.reciprocal_no_nan(counts[0])
+            squares += local * tf.square(scale)
+        return squares
 
     def _each(
         self,
@@ -356,11 +459,11 @@ class SearchSpaces:
 
     def _collect(self, gradients: Iterable[_Gradient]) -> SearchGradient:
         """Sums the gradients by variable, then by group and block."""
-        means: list[list[tf.Tensor]] = [[] for _ in self._means]
-        betas: list[list[tf.Tensor]] = [[] for _ in self._means]
-        scaled: list[list[tf.Tensor]] = [[] for _ in self._means]
-        fishers: list[list[tf.Tensor]] = [[] for _ in self._means]
-        utilities: list[list[tf.Tensor]] = [[] for _ in self._means]
+        means: list[list[tf.Tensor]] = [[] for _ in self.means]
+        betas: list[list[tf.Tensor]] = [[] for _ in self.means]
+        scaled: list[list[tf.Tensor]] = [[] for _ in self.means]
+        fishers: list[list[tf.Tensor]] = [[] for _ in self.means]
+        utilities: list[list[tf.Tensor]] = [[] for _ in self.means]
         dtype = self._layout.dtype
         for i, mean, beta, fisher, utility in gradients:
             means[i].append(tf.reshape(mean, [-1]))

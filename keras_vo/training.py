@@ -152,6 +152,16 @@ class VOTrainStep(ReplicatedModel):
         self._loss_tracker.update_state(loss, sample_weight=batch_size)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; a `SearchMonitor` leaves when it ends by an error."""
+        try:
+            return super().fit(*args, **kwargs)
+        finally:
+            optimizer = find_vo_optimizer(getattr(self, "optimizer", None))
+            observer = getattr(optimizer, "observer", None)
+            if observer is not None and observer.leave_fit is not None:
+                observer.leave_fit()
+
     def test_step(self, data: Any) -> Any:
         """As in Keras; the population's metrics belong to training."""
         logs = super().test_step(data)

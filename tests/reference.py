@@ -4,6 +4,7 @@ Written from the equations with plain loops over members and groups, so that it
 shares no structure with what it checks.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -250,3 +251,20 @@ def local_reparameterization(
                     parts[3][i] += dv * bias_sigma[i] ** 2
         gradients.append(parts)
     return losses, gradients
+
+
+def split_half_snr(terms):
+    """Signal over noise of the sum of `terms` [D, d], by all equal splits.
+
+    <g1, g2> and |g1 - g2|^2 / 4 of the two halves' estimates of the sum, each
+    averaged over all ways to take D / 2 of the D terms.
+    """
+    draws = len(terms)
+    signal, noise = [], []
+    for half in itertools.combinations(range(draws), draws // 2):
+        other = [i for i in range(draws) if i not in half]
+        g1 = 2 * np.sum(terms[list(half)], axis=0)
+        g2 = 2 * np.sum(terms[other], axis=0)
+        signal.append(np.sum(g1 * g2))
+        noise.append(np.sum((g1 - g2) ** 2) / 4)
+    return np.mean(signal) / np.mean(noise)

@@ -45,7 +45,7 @@ def test_digits_names_an_unknown_choice(tmp_path):
 def test_readme_code_runs(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     short = [
         block.replace("=200", "=2")
         .replace("1000", "100")
@@ -66,6 +66,7 @@ def test_readme_code_runs(tmp_path):
         short[1] + "\nassert mean_loss < 10, mean_loss",
         short[2] + "\nassert model.evaluate(x, y)[1] > 0.95",
         short[3] + "\nassert model.evaluate(x, y)[1] > 0.3",
+        short[4] + "\nassert len(monitor.history['kl']) == 100",
     ]
     # Each with names of its own, of which it has to import what it needs.
     example_scripts.run_python(

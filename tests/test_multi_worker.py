@@ -4,6 +4,7 @@ They fail here if Keras changes what `replicated_model.py` overrides: its own
 `fit` does not work under this strategy.
 """
 
+import csv
 import json
 import os
 import pathlib
@@ -145,12 +146,19 @@ def test_shards_and_gradients_across_processes(tmp_path):
         "same_batch": False,
         "optimizer": {"exchange": "gradient"},
         "compile": {"steps_per_execution": 3},
+        "monitor": str(tmp_path / "search{}.csv"),
         "result": str(tmp_path / "{}.npz"),
     }
     codes, outputs = run(options, options)
     assert codes == [0, 0], outputs
     first, second = (results(tmp_path / f"{i}.npz") for i in range(2))
     assert_all_equal(first, second)
+    with (tmp_path / "search0.csv").open() as file:
+        rows = list(csv.DictReader(file))  # of all steps, however executed
+    assert [float(row["step"]) for row in rows] == [*range(1, len(rows) + 1)]
+    assert float(rows[-1]["evaluations"]) == 12 * len(rows) > 0
+    assert np.isfinite(float(rows[-1]["gradient_snr"]))
+    assert not (tmp_path / "search1.csv").exists()  # the first one writes
     assert first["history loss"][-1] < first["history loss"][0]
     one = worker_program.model(worker_program.OPTIONS)
     x, y = worker_program.data()

@@ -29,6 +29,7 @@ OPTIONS = {
     "fit": {},
     "backup": None,  # a directory
     "checkpoint": None,  # a path
+    "monitor": None,  # a path of a CSV file, of which {} is the worker
     "kill": None,  # [worker, batch], counted over all epochs
     "result": None,  # a path, of which {} is the worker
     "start_timeout": 60.0,
@@ -91,6 +92,9 @@ def main(options):
         callbacks.append(keras.callbacks.BackupAndRestore(options["backup"]))
     if options["checkpoint"]:
         callbacks.append(keras.callbacks.ModelCheckpoint(options["checkpoint"]))
+    if options["monitor"]:
+        path = options["monitor"].format(worker)
+        callbacks.append(keras_vo.callbacks.SearchMonitor("step", csv=path))
     if options["kill"] and options["kill"][0] == worker:
         callbacks.append(Kill(options["kill"][1]))
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)

@@ -1,0 +1,310 @@
+"""What a step of the search looks like, in a handful of numbers.
+
+`StepObserver` computes them in the graph of the step, from tensors that are
+there anyway, and keeps those of the last steps in one variable, which the host
+reads now and then: a read takes longer than a small step's numbers do. An
+optimizer without an observer has not a single op of it.
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_vo import distribution
+from keras_vo.layout import WeightLayout
+from keras_vo.signal_to_noise import signal_to_noise
+from keras_vo.spaces import SearchGradient
+
+__all__ = ["NUMBERS", "ObservedStep", "StepObserver", "step_kl"]
+
+# In the order of the variable; sigma of each layer comes after them.
+NUMBERS = (
+    "time",
+    "step",
+    "parameter_norm",
+    "gradient_norm",
+    "gradient_cosine",
+    "gradient_snr",
+    "kl",
+    "utility_spread",
+    "nonfinite_share",
+    "evaluations",
+)
+# Weights of a layer at most whose sigma is sorted for the median.
+_MEDIAN_SAMPLE = 1001
+
+
+class ObservedStep(NamedTuple):
+    """What a step of the search hands to its observer.
+
+    Attributes:
+        layout: of the weights.
+        generation: number of populations before this one.
+        mean: the weight tensors mu before the step.
+        new_mean: those after it.
+        log_variance: beta [groups] before the step.
+        new_log_variance: beta [groups] after it.
+        gradient: that of the mean is as the inner optimizer gets it.
+        signs: members of a draw.
+        losses: of the members [N].
+        utilities: of the members [N].
+        evaluated: which members [N] were.
+    """
+
+    layout: WeightLayout
+    generation: tf.Tensor
+    mean: list[tf.Tensor]
+    new_mean: list[tf.Tensor]
+    log_variance: tf.Tensor
+    new_log_variance: tf.Tensor
+    gradient: SearchGradient
+    signs: int
+    losses: tf.Tensor
+    utilities: tf.Tensor
+    evaluated: tf.Tensor
+
+
+class StepObserver:
+    """Sees the steps of one optimizer.
+
+    Args:
+        every: of how many steps one is looked at.
+        capacity: of how many steps the numbers are kept.
+
+    Attributes:
+        names: of the numbers, known once it is built.
+        every: see above.
+        leave_fit: what `fit` calls when it ends, also by an error.
+        strategy: that the optimizer is made under; `None`: no one.
+    """
+
+    def __init__(self, every: int = 1, capacity: int = 64) -> None:
+        self.names: tuple[str, ...] = ()
+        self.strategy: Any = None
+        self.every = every
+        self.leave_fit: Callable[[], None] | None = None
+        self._capacity = capacity
+
+    def build(
+        self, layout: WeightLayout, groups: Sequence[int], names: Sequence[str]
+    ) -> None:
+        """Makes the variables; under a strategy, in its scope.
+
+        Args:
+            layout: of the weights.
+            groups: for each weight tensor, its layer.
+            names: of the layers.
+        """
+        self.strategy = distribution.current_strategy()
+        self._layers = [
+            [i for i, group in enumerate(groups) if group == layer]
+            for layer in range(len(names))
+        ]
+        self.names = NUMBERS + tuple(
+            f"sigma/{name}/{statistic}"
+            for name in names
+            for statistic in ("min", "median", "max")
+        )
+        with tf.init_scope():
+            self._rows = distribution.replica_local_variable(
+                tf.zeros([self._capacity, len(self.names)], tf.float64)
+            )
+            self._evaluations = distribution.replica_local_variable(
+                tf.zeros([], tf.float64)
+            )
+            self._previous = distribution.replica_local_variable(
+                tf.zeros([layout.size], layout.dtype)
+            )
+
+    def observe(self, step: ObservedStep) -> None:
+        """Computes the numbers, in a graph or eagerly, and keeps them."""
+        self._evaluations.assign_add(_count(step.evaluated))
+        if self.every == 1:
+            self._keep(step)
+            self._previous.assign(step.gradient.mean)
+            return
+        number = step.generation + 1
+        _only_if(number % self.every == 0, lambda: self._keep(step))
+        _only_if(
+            (number + 1) % self.every == 0,
+            lambda: self._previous.assign(step.gradient.mean),
+        )
+
+    def _keep(self, step: ObservedStep) -> None:
+        rows = tf.convert_to_tensor(self._rows)
+        numbers = _numbers(step, tf.convert_to_tensor(self._previous))
+        numbers["evaluations"] = tf.convert_to_tensor(self._evaluations)
+        after = tf.stack([numbers[name] for name in NUMBERS[1:]])
+        sigma = self._sigmas(step)
+        with tf.control_dependencies([after]):
+            now = tf.timestamp()[None]
+        row = tf.concat([now, after, tf.cast(sigma, tf.float64)], axis=0)
+        self._rows.assign(tf.concat([rows[1:], row[None]], axis=0))
+
+    def read(self) -> np.ndarray:
+        """The numbers of the last steps, [capacity, names]; 0 before them."""
+        return distribution.first_local(self._rows, self.strategy).numpy()
+
+    @property
+    def evaluations(self) -> float:
+        """Members evaluated so far."""
+        if not self.names:  # not built
+            return 0.0
+        count = distribution.first_local(self._evaluations, self.strategy)
+        return float(count.numpy())
+
+    def _sigmas(self, step: ObservedStep) -> tf.Tensor:
+        """Least, median and largest sigma of each layer, [3 layers]."""
+        if step.layout.groups is not None:
+            groups = [step.layout.groups[layer[0]] for layer in self._layers]
+            beta = tf.gather(step.new_log_variance, np.repeat(groups, 3))
+            return tf.exp(0.5 * beta)
+        parts = step.layout.per_tensor(step.new_log_variance)
+        values = []
+        for layer in self._layers:
+            flat = [tf.reshape(parts[i], [-1]) for i in layer]
+            values += [
+                tf.exp(0.5 * tf.reduce_min([tf.reduce_min(x) for x in flat])),
+                _median_of_sigma(tf.concat(flat, axis=0)),
+                tf.exp(0.5 * tf.reduce_max([tf.reduce_max(x) for x in flat])),
+            ]
+        return tf.stack(values)
+
+
+def step_kl(
+    mean: Sequence[tf.Tensor],
+    new_mean: Sequence[tf.Tensor],
+    log_variance: tf.Tensor,
+    new_log_variance: tf.Tensor,
+    layout: WeightLayout,
+) -> tf.Tensor:
+    """KL of a step, eq. (14) of [1], by group: a scalar float64.
+
+    `search_distribution.kl_divergence` of the same step, but with one
+    logarithm for each variance instead of for each weight:
+
+        sum_g D_g (exp(x_g) - 1 - x_g) / 2 + |mu'_g - mu_g|^2 / (2 sigma'_g^2)
+
+    with x = beta - beta'.
+
+    Args:
+        mean: the weight tensors before the step.
+        new_mean: those after it.
+        log_variance: beta, [groups].
+        new_log_variance: beta', [groups].
+        layout: which weights share a variance.
+    """
+    changes = [
+        tf.cast(new, layout.dtype) - tf.cast(old, layout.dtype)
+        for old, new in zip(mean, new_mean, strict=True)
+    ]
+    if layout.groups is None:
+        sizes: Any = 1.0
+        squares = layout.by_group([tf.square(x) for x in changes])
+        beta, new_beta = log_variance, new_log_variance
+    else:  # few numbers, of which large ones are taken
+        sizes = tf.constant(layout.group_sizes, tf.float64)
+        squares, beta, new_beta = tf.unstack(
+            tf.cast(
+                tf.stack(
+                    [
+                        layout.by_group(
+                            [2.0 * tf.nn.l2_loss(x) for x in changes]
+                        ),
+                        log_variance,
+                        new_log_variance,
+                    ]
+                ),
+                tf.float64,
+            )
+        )
+    x = beta - new_beta
+    moved = squares * tf.exp(-new_beta)
+    terms = sizes * (tf.math.expm1(x) - x) + moved
+    return 0.5 * tf.cast(tf.reduce_sum(terms), tf.float64)
+
+
+def _only_if(condition: tf.Tensor, function: Callable[[], Any]) -> None:
+    def branch() -> tf.Tensor:
+        function()
+        return tf.constant(True)
+
+    tf.cond(condition, branch, lambda: tf.constant(False))
+
+
+def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
+    """All but time, evaluations and sigma."""
+    finite = tf.math.is_finite(step.losses) & step.evaluated
+    evaluated = _count(step.evaluated)
+    nonfinite = evaluated - _count(finite)
+    gradient, dtype = step.gradient.mean, step.layout.dtype
+    norms = tf.sqrt(
+        2.0 * tf.stack([tf.nn.l2_loss(gradient), tf.nn.l2_loss(previous)])
+    )
+    # A product of two vectors by tensordot takes 20 times as long on a CPU.
+    cosine = tf.reduce_sum(gradient * previous) / tf.reduce_prod(norms)
+    snr = signal_to_noise(
+        tf.square(norms[0]),
+        step.gradient.squares,
+        tf.cast(evaluated, dtype) / step.signs,
+    )
+    spread = _spread(step.utilities, step.evaluated)
+    # Without a finite loss there is no gradient, and no step.
+    norm, cosine, snr, spread = tf.unstack(
+        tf.where(
+            nonfinite < evaluated,
+            tf.cast(tf.stack([norms[0], cosine, snr, spread]), tf.float64),
+            math.nan,
+        )
+    )
+    squares = [tf.nn.l2_loss(tf.cast(x, dtype)) for x in step.new_mean]
+    return {
+        "step": tf.cast(step.generation + 1, tf.float64),
+        "parameter_norm": tf.sqrt(2.0 * tf.cast(tf.add_n(squares), tf.float64)),
+        "gradient_norm": norm,
+        "gradient_cosine": cosine,
+        "gradient_snr": snr,
+        "kl": step_kl(
+            step.mean,
+            step.new_mean,
+            step.log_variance,
+            step.new_log_variance,
+            step.layout,
+        ),
+        "utility_spread": spread,
+        "nonfinite_share": nonfinite / evaluated,
+    }
+
+
+def _count(where: tf.Tensor) -> tf.Tensor:
+    return tf.math.count_nonzero(where, dtype=tf.float64)
+
+
+def _spread(utilities: tf.Tensor, evaluated: tf.Tensor) -> tf.Tensor:
+    """Standard deviation over the members that were evaluated."""
+    weights = tf.cast(evaluated, utilities.dtype)
+    count = tf.reduce_sum(weights)
+    mean = tf.reduce_sum(weights * utilities) / count
+    squares = weights * tf.square(utilities - mean)
+    return tf.sqrt(tf.reduce_sum(squares) / count)
+
+
+def _median_of_sigma(values: tf.Tensor) -> tf.Tensor:
+    """From many beta, that of a fixed random sample of them."""
+    size = values.shape[0]
+    if size > _MEDIAN_SAMPLE:
+        generator = np.random.default_rng(0)
+        sample = generator.choice(size, _MEDIAN_SAMPLE, replace=False)
+        values = tf.gather(values, np.sort(sample))
+        size = _MEDIAN_SAMPLE
+    ascending = tf.sort(values)
+    middle = tf.stack([ascending[(size - 1) // 2], ascending[size // 2]])
+    return tf.reduce_mean(tf.exp(0.5 * middle))

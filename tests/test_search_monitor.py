@@ -1,0 +1,834 @@
+"""SearchMonitor: what it records, where, and that nothing else changes."""
+
+import csv
+import importlib.util
+import math
+import subprocess
+import sys
+
+import keras
+import models
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+from test_distribution import mirrored
+from test_optimizer import (
+    GROUPS,
+    STRUCTURES,
+    flat,
+    make,
+    make_variables,
+    noise_of,
+    objective,
+    objective_np,
+)
+
+import keras_vo
+from keras_vo import diagnostics, distribution, layout, signal_to_noise
+from keras_vo import search_distribution as distribution_lib
+from keras_vo.callbacks import SearchMonitor
+from keras_vo.layers import LocalReparamDense, LowRankDense
+
+
+def layers_of(kind):
+    """Fresh layers of one kind of noise, with the same weights every time."""
+    keras.utils.set_random_seed(1)
+    cls = {
+        "full": keras.layers.Dense,
+        "low_rank": LowRankDense,
+        "local": LocalReparamDense,
+    }[kind]
+    return [
+        cls(5, activation="relu", name="hidden"),
+        cls(models.CLASSES, activation="softmax", name="output"),
+    ]
+
+
+def make_model(kind="full", **kwargs):
+    return models.make_model(layers_of(kind), **kwargs)
+
+
+def columns(history, *left_out):
+    """The columns whose values do not depend on the machine."""
+    return {
+        name: np.array(values)
+        for name, values in history.items()
+        if name not in ("evaluations_per_second", *left_out)
+    }
+
+
+def assert_same_columns(one, other, rtol=1e-5, atol=1e-6):
+    one, other = columns(one), columns(other)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_allclose(
+            values, other[name], rtol=rtol, atol=atol, err_msg=name
+        )
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        name: np.array([float(row[name]) for row in rows]) for name in rows[0]
+    }
+
+
+def monitored_fit(monitor, *data, optimizer=None, **kwargs):
+    model = make_model(optimizer=optimizer)
+    models.fit(model, *data, callbacks=[monitor], **kwargs)
+    return model
+
+
+# --- values ---
+
+
+def factor(natural, rule, sigma, sigma0):
+    """What the gradient of mu is multiplied by, from the documentation."""
+    if not natural:
+        return np.ones_like(sigma)
+    return sigma0 * sigma if rule is None else sigma**2
+
+
+@pytest.mark.parametrize(
+    ("variance", "antithetic", "natural", "rule"),
+    [
+        ("fixed", True, True, 0.1),
+        ("isotropic", False, True, 0.1),
+        ("layerwise", True, False, 0.1),
+        ("layerwise", False, True, None),
+        ("separable", True, True, None),
+        ("separable", False, True, 0.1),
+        ("separable", True, False, 0.1),
+    ],
+)
+def test_numbers_against_numpy(variance, antithetic, natural, rule):
+    """Four steps of a search over three weights, from weights and noise."""
+    variables = make_variables()
+    members = 8
+    optimizer = make(
+        variance,
+        rate=0.3,
+        learning_rate=rule,
+        population_size=members,
+        antithetic=antithetic,
+        natural_gradient=natural,
+    )
+    optimizer.build(variables)
+    adapts = "fixed" if variance == "fixed" else rule
+    states = [(flat(variables), flat(optimizer.stddevs))]
+    monitor = SearchMonitor("step")
+    with monitor.attached(optimizer):
+        for _ in range(4):
+            optimizer.minimize(objective, variables)
+            monitor.record()
+            states.append((flat(variables), flat(optimizer.stddevs)))
+    history = monitor.history
+    previous = None
+    draws = members // 2 if antithetic else members
+    for step in range(4):
+        (mean, sigma), (new_mean, new_sigma) = states[step : step + 2]
+        noise = noise_of(optimizer, step, draws)
+        z = reference.members(noise, antithetic)
+        utilities = reference.centered_rank(
+            [objective_np(mean + sigma * row) for row in z]
+        )
+        scale = factor(natural, adapts, sigma, 0.5) / sigma / members
+        terms = scale * utilities[:, None] * z
+        if antithetic:
+            terms = terms[:draws] + terms[draws:]
+        gradient = terms.sum(axis=0)
+        expected = {
+            "step": step + 1,
+            "parameter_norm": np.linalg.norm(new_mean),
+            "gradient_norm": np.linalg.norm(gradient),
+            "gradient_snr": reference.split_half_snr(terms),
+            "kl": reference.kl_divergence(mean, sigma, new_mean, new_sigma),
+            "utility_spread": np.std(utilities),
+            "nonfinite_share": 0.0,
+            "evaluations": members * (step + 1),
+        }
+        if previous is not None:
+            expected["gradient_cosine"] = (gradient @ previous) / (
+                np.linalg.norm(gradient) * np.linalg.norm(previous)
+            )
+        for layer, weights in (("Variable", [0, 1]), ("Variable_1", [2])):
+            for name, statistic in (
+                ("min", np.min),
+                ("median", np.median),
+                ("max", np.max),
+            ):
+                value = statistic(new_sigma[weights])
+                expected[f"sigma/{layer}/{name}"] = value
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                history[name][step], value, rtol=1e-9, err_msg=name
+            )
+        previous = gradient
+    assert math.isnan(history["gradient_cosine"][0])
+    assert set(history) == {
+        *expected,
+        "evaluations_per_second",
+    }
+    assert np.all(np.array(history["evaluations_per_second"]) > 0)
+
+
+def test_the_kl_is_that_of_the_step_within_its_bound():
+    variables = make_variables()
+    optimizer = make("layerwise", rate=5.0, max_kl=0.02)
+    monitor = SearchMonitor("step")
+    with monitor.attached(optimizer):
+        for _ in range(3):
+            optimizer.minimize(objective, variables)
+    kl = np.array(monitor.history["kl"])
+    assert np.all(kl <= 0.02) and np.all(kl > 0.015)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_step_kl_is_kl_divergence(structure):
+    groups = {"layerwise": (0, 1, 0), "separable": None}.get(
+        structure, (0, 0, 0)
+    )
+    weights = layout.WeightLayout(((2, 3), (4,), ()), ("float64",) * 3, groups)
+    rng = np.random.default_rng(0)
+    size = len(weights.group_sizes)
+    mean, new_mean = rng.normal(size=(2, 11))
+    beta, new_beta = rng.normal(size=(2, size))
+    expand = weights.expand
+    want = distribution_lib.kl_divergence(
+        tf.constant(new_mean - mean),
+        expand(tf.constant(beta)),
+        expand(tf.constant(new_beta)),
+    )
+    got = diagnostics.step_kl(
+        weights.unflatten(tf.constant(mean)),
+        weights.unflatten(tf.constant(new_mean)),
+        tf.constant(beta),
+        tf.constant(new_beta),
+        weights,
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert GROUPS[structure]  # the same structures as elsewhere
+
+
+def test_the_median_of_many_sigmas_is_that_of_a_sample():
+    values = np.random.default_rng(1).normal(size=20_000)
+    got = float(diagnostics._median_of_sigma(tf.constant(values)))
+    got = 2 * np.log(got)
+    assert np.min(np.abs(values - got)) < 1e-12  # an odd number of them
+    # The share of values below it: standard error .016.
+    assert abs(np.mean(values < got) - 0.5) < 0.06
+    few = tf.constant(2 * np.log([3.0, 1.0, 2.0, 10.0]))
+    np.testing.assert_allclose(diagnostics._median_of_sigma(few), 2.5)
+
+
+# --- signal and noise ---
+
+
+def searched_repeatedly(objective, size, generations, **kwargs):
+    """Signal and noise, and gradients, of as many steps from one place."""
+    variables = [tf.Variable(np.zeros(size))]
+    optimizer = make(
+        "fixed",
+        inner=keras.optimizers.SGD(0.0),
+        natural_gradient=False,
+        fitness_shaping="identity",
+        **kwargs,
+    )
+    step = tf.function(lambda: optimizer.minimize(objective, variables))
+    monitor = SearchMonitor("step")
+    with monitor.attached(optimizer):
+        for _ in range(generations):
+            step()
+            monitor.record()
+    power = np.square(monitor.history["gradient_norm"])
+    noise = power / (1 + np.array(monitor.history["gradient_snr"]))
+    return power - noise, noise
+
+
+def assert_mean(values, expected):
+    """Within 4 standard errors: false failures below 1 in 10,000."""
+    error = np.std(values) / np.sqrt(len(values))
+    assert abs(np.mean(values) - expected) < 4 * error
+    assert error < 0.1 * abs(expected) or expected == 0
+
+
+def test_signal_and_noise_of_a_linear_objective():
+    """f = a w with pairs: a draw's term is (a z) z / D, of mean a / D.
+
+    So the signal is |a|^2 and the noise |a|^2 (d + 1) / D.
+    """
+    a = np.linspace(-1, 2, 20)
+    signal, noise = searched_repeatedly(
+        lambda w: tf.tensordot(tf.constant(a), w[0], 1),
+        20,
+        300,
+        population_size=32,
+    )
+    assert_mean(signal, a @ a)
+    assert_mean(noise, a @ a * 21 / 16)
+
+
+def test_signal_is_0_in_expectation_for_noise_alone():
+    def objective(w):
+        return tf.sin(1e5 * tf.reduce_sum(w[0]))
+
+    signal, noise = searched_repeatedly(objective, 20, 300, population_size=16)
+    assert_mean(signal, 0)
+    assert np.mean(signal > 0) > 0.2
+    assert np.mean(signal < 0) > 0.2
+    assert abs(np.mean(signal)) < 0.1 * np.mean(noise)
+
+
+@pytest.mark.parametrize(
+    ("kind", "natural", "variance"),
+    [
+        ("full", False, "fixed"),
+        ("full", True, "separable"),
+        ("low_rank", True, "fixed"),
+        ("low_rank", False, "separable"),
+        ("local", False, "fixed"),
+        ("local", True, "separable"),
+    ],
+)
+def test_noise_is_the_variance_of_the_gradient(kind, natural, variance):
+    """Of every kind of noise, over 400 generations from one place."""
+    optimizer = models.make_optimizer(
+        keras_vo.GaussianSearchDistribution(
+            variance, stddev=0.2, learning_rate=1e-12
+        ),
+        inner_optimizer=keras.optimizers.SGD(0.0),
+        natural_gradient=natural,
+        population_size=48 if kind == "local" else 12,
+        fitness_shaping="identity",
+        chunk_size=4 if natural else None,
+    )
+    model = make_model(kind, optimizer=optimizer)
+    if variance == "separable" and kind != "low_rank":  # not all the same
+        shape = optimizer._log_variance.shape
+        change = tf.random.stateless_uniform(shape, [0, 1], -1.0, 0.5)
+        optimizer._log_variance.assign_add(change)
+    gradients = []
+
+    class Gradients(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            gradients.append(optimizer.observer._previous.numpy())
+
+    monitor = SearchMonitor("step")
+    batch = tf.data.Dataset.from_tensors(models.make_data(16)).repeat(400)
+    model.fit(batch, verbose=0, shuffle=False, callbacks=[monitor, Gradients()])
+    history = columns(monitor.history)
+    known = np.isfinite(history["gradient_snr"])
+    every = signal_to_noise.EVERY if kind == "local" else 1
+    assert np.array_equal(known, history["step"] % every == 0)
+    power = history["gradient_norm"] ** 2
+    noise = (power / (1 + history["gradient_snr"]))[known]
+    variance = np.var(gradients, axis=0, ddof=1).sum()
+    error = np.std(noise) / np.sqrt(len(noise))
+    assert error < 0.1 * variance
+    assert abs(noise.mean() - variance) < 3 * error + 0.1 * variance
+
+
+def test_squares_of_low_rank_noise():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(5, 2, 3)), rng.normal(size=(5, 2, 4))
+    weights = rng.normal(size=5)
+    noise = np.einsum("nri,nro->nio", left, right) / math.sqrt(2)
+    by_weight = np.outer([1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0])
+    for f in (np.array(0.3), by_weight):
+        got = signal_to_noise.kernel_squares(
+            *map(tf.constant, (left, right, weights, f))
+        )
+        want = np.sum(weights**2 * np.sum((f * noise) ** 2, axis=(1, 2)))
+        np.testing.assert_allclose(got, want)
+
+
+@pytest.mark.parametrize("size", [7, 50_000])
+def test_squares_of_full_noise(size):
+    rng = np.random.default_rng(0)
+    noise, weights = rng.normal(size=(6, size)), rng.normal(size=6)
+    f = np.linspace(0.1, 2.0, size)
+    got = signal_to_noise.full_squares(*map(tf.constant, (noise, weights, f)))
+    want = np.sum(weights**2 * np.sum((f * noise) ** 2, axis=1))
+    rtol = 1e-12 if size < signal_to_noise.COLUMNS else 0.1
+    np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+# --- nothing else changes ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "variance"),
+    [
+        ("full", "layerwise"),
+        ("full", "separable"),
+        ("full", "fixed"),
+        ("low_rank", "layerwise"),
+        ("local", "separable"),
+    ],
+)
+def test_logs_and_weights_are_the_same(kind, variance):
+    def run(*callbacks):
+        model = make_model(
+            kind,
+            optimizer=models.make_optimizer(
+                keras_vo.GaussianSearchDistribution(variance)
+            ),
+            metrics=["accuracy"],
+        )
+        x, y = models.make_data()
+        logs = models.fit(
+            model, x, y, validation_data=(x, y), callbacks=list(callbacks)
+        )
+        return logs, models.search_state(model)
+
+    monitor = SearchMonitor("step")
+    plain, state = run()
+    logs, watched = run(monitor)
+    assert logs == plain
+    assert list(logs) == list(plain)
+    models.assert_same_state(watched, state)
+    assert monitor.history["step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_not_an_op_without_a_monitor():
+    model = make_model()
+    count = len(models.nodes_of_a_step(model))
+    monitor = SearchMonitor()
+    monitor.set_model(model)
+    monitor.on_train_begin()
+    assert len(models.nodes_of_a_step(model)) > count + 30
+    monitor.on_train_end()
+    assert len(models.nodes_of_a_step(model)) == count
+    assert model.train_function is None
+
+
+def test_a_fit_before_and_a_fit_after():
+    model = make_model()
+    models.fit(model)
+    monitor = SearchMonitor("step")
+    models.fit(model, callbacks=[monitor])
+    assert monitor.history["step"] == [7, 8, 9, 10, 11, 12]
+    assert monitor.history["evaluations"][-1] == 6 * 8
+    models.fit(model)
+    assert len(monitor.history["step"]) == 6
+    models.fit(model, callbacks=[monitor])
+    assert monitor.history["step"] == [19, 20, 21, 22, 23, 24]
+
+
+def test_a_fit_that_fails_leaves_nothing_on(tmp_path):
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    model = make_model()
+    monitor = SearchMonitor("step", csv=tmp_path / "search.csv")
+    with pytest.raises(KeyboardInterrupt):
+        models.fit(model, callbacks=[monitor, Fail()])
+    assert model.optimizer.observer is None
+    assert model.train_function is None
+    models.fit(model, callbacks=[SearchMonitor("step")])
+
+
+def test_checkpoints_are_the_same_and_a_resumed_run_goes_on(tmp_path):
+    path = tmp_path / "model.keras"
+    data = models.make_data()
+    whole = SearchMonitor("step")
+    model = monitored_fit(whole, *data, epochs=4)
+    half = SearchMonitor("step", csv=tmp_path / "search.csv", append=True)
+    save = keras.callbacks.ModelCheckpoint(path)
+    first = make_model()
+    models.fit(first, *data, callbacks=[half, save])
+    resumed = keras.models.load_model(path)
+    models.fit(resumed, *data, epochs=4, initial_epoch=2, callbacks=[half])
+    models.assert_same_state(
+        models.search_state(resumed), models.search_state(model)
+    )
+    assert half.history["epoch"] == whole.history["epoch"]
+    for name in ("step", "kl", "gradient_norm", "gradient_snr"):
+        assert half.history[name] == whole.history[name], name
+        np.testing.assert_allclose(
+            read_csv(tmp_path / "search.csv")[name],
+            whole.history[name],
+            rtol=1e-8,
+        )
+
+
+# --- every ---
+
+
+def test_epochs_are_means_of_their_steps():
+    steps, epochs = SearchMonitor("step"), SearchMonitor("epoch")
+    for monitor in (steps, epochs):
+        monitored_fit(monitor)
+    by_step, by_epoch = steps.history, epochs.history
+    assert list(by_epoch) == list(by_step)
+    assert by_epoch["epoch"] == [0, 1]
+    for name, values in columns(by_step, "epoch").items():
+        values = values.reshape(2, 3)
+        if name.startswith("sigma") or name in ("step", "evaluations"):
+            want = values[:, -1]
+        else:
+            want = np.nanmean(values, axis=1)
+        np.testing.assert_allclose(by_epoch[name], want, err_msg=name)
+
+
+def test_of_long_epochs_one_step_in_eight_is_looked_at():
+    data = models.make_data(70)
+    steps, epochs = SearchMonitor("step"), SearchMonitor()
+    for monitor in (steps, epochs):
+        monitored_fit(monitor, *data, batch_size=1, epochs=2)
+    by_step, by_epoch = columns(steps.history), columns(epochs.history)
+    assert list(by_epoch["step"]) == [64, 136]
+    assert list(by_epoch["evaluations"]) == [8 * 64, 8 * 136]
+    for name in ("kl", "gradient_norm", "gradient_cosine", "gradient_snr"):
+        seen = [by_step[name][7:64:8], by_step[name][71:136:8]]
+        np.testing.assert_allclose(
+            by_epoch[name], [np.mean(values) for values in seen], rtol=1e-6
+        )
+
+
+def test_every_third_step():
+    steps, thirds = SearchMonitor("step"), SearchMonitor(3)
+    for monitor in (steps, thirds):
+        monitored_fit(monitor)
+    assert_same_columns(
+        thirds.history, {k: v[2::3] for k, v in steps.history.items()}
+    )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_all_steps_of_an_execution_are_seen(jit_compile):
+    data = models.make_data(80 * 8)
+    histories = []
+    for executed in (1, 40):
+        monitor = SearchMonitor("step")
+        model = make_model(
+            steps_per_execution=executed, jit_compile=jit_compile
+        )
+        models.fit(model, *data, epochs=1, callbacks=[monitor])
+        histories.append(monitor.history)
+    assert len(histories[0]["step"]) == 80
+    assert_same_columns(*histories)
+
+
+def test_run_eagerly():
+    graph, eager = SearchMonitor("step"), SearchMonitor("step")
+    monitored_fit(graph, epochs=1)
+    model = make_model(run_eagerly=True)
+    models.fit(model, epochs=1, callbacks=[eager])
+    assert_same_columns(graph.history, eager.history, rtol=1e-4)
+
+
+# --- around `minimize` ---
+
+
+def test_minimize_in_a_function_and_eagerly():
+    histories = []
+    for compiled in (False, True):
+        variables, optimizer = make_variables(), make("separable")
+        monitor = SearchMonitor("step")
+
+        def step(optimizer=optimizer, variables=variables):
+            return optimizer.minimize(objective, variables)
+
+        if compiled:
+            step = tf.function(step)
+        with monitor.attached(optimizer) as same:
+            assert same is monitor
+            for _ in range(70):
+                step()
+                monitor.record()
+        step()  # not seen any more
+        histories.append(monitor.history)
+    assert histories[0]["step"] == [*range(1, 71)]
+    assert "epoch" not in histories[0]
+    assert_same_columns(*histories, rtol=1e-9)
+
+
+def test_record_needs_a_step_that_it_can_see():
+    variables, optimizer = make_variables(), make()
+    monitor = SearchMonitor(10)
+    with pytest.raises(ValueError, match="not attached"):
+        monitor.record()
+    step = tf.function(lambda: optimizer.minimize(objective, variables))
+    with monitor.attached(optimizer):
+        with pytest.raises(ValueError, match="Expected a step"):
+            monitor.record()
+        step()
+        monitor.record()  # no row yet
+        assert monitor.history == {}
+    with pytest.raises(ValueError, match="not attached"):
+        monitor.record()
+    other = make()
+    step = tf.function(lambda: other.minimize(objective, variables))
+    step()
+    with monitor.attached(other):
+        step()
+        with pytest.raises(ValueError, match="called before the monitor"):
+            monitor.record()
+
+
+def test_one_monitor_at_a_time():
+    optimizer = make()
+    with SearchMonitor("step").attached(optimizer):
+        with pytest.raises(ValueError, match="one SearchMonitor at a time"):
+            with SearchMonitor("step").attached(optimizer):
+                pass
+    assert optimizer.observer is None
+
+
+# --- members without a finite loss ---
+
+
+def test_members_without_a_finite_loss():
+    variables = make_variables()
+    optimizer = make("layerwise", population_size=8)
+    bad = iter([2, 0, 8, 0, 0])  # members of each step
+
+    def step():
+        count = [next(bad)]
+
+        def partly(weights):
+            count[0] -= 1
+            return objective(weights) * (math.nan if count[0] >= 0 else 1.0)
+
+        optimizer.minimize(partly, variables)
+
+    monitor = SearchMonitor("step")
+    with monitor.attached(optimizer):
+        for _ in range(5):
+            before = flat(variables)
+            step()
+            monitor.record()
+            if len(monitor.history["step"]) == 3:
+                np.testing.assert_array_equal(flat(variables), before)
+    history = monitor.history
+    assert history["nonfinite_share"] == [0.25, 0.0, 1.0, 0.0, 0.0]
+    for name in ("gradient_norm", "gradient_snr", "utility_spread"):
+        known = np.isfinite(history[name])
+        assert list(known) == [True, True, False, True, True], name
+    # The next step has no gradient before it to compare with.
+    known = np.isfinite(history["gradient_cosine"])
+    assert list(known) == [False, True, False, False, True]
+    assert history["kl"][2] == 0.0
+    assert history["kl"][1] > 0.0 < history["kl"][3]
+    assert history["evaluations"] == [8, 16, 24, 32, 40]
+    assert history["parameter_norm"][2] == history["parameter_norm"][1]
+
+
+def test_an_epoch_without_a_finite_loss(tmp_path):
+    x, y = models.make_data()
+    model = make_model(loss=lambda y, p: math.nan * p[:, 0])
+    path = tmp_path / "search.png"
+    monitor = SearchMonitor("epoch", png=path, csv=tmp_path / "search.csv")
+    models.fit(model, x, y, callbacks=[monitor])
+    assert monitor.history["nonfinite_share"] == [1.0, 1.0]
+    assert np.all(np.isnan(monitor.history["gradient_norm"]))
+    assert monitor.history["kl"] == [0.0, 0.0]
+    assert np.all(np.isnan(read_csv(tmp_path / "search.csv")["gradient_snr"]))
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+# --- files ---
+
+
+def test_csv_holds_the_rows_while_the_search_goes_on(tmp_path):
+    path = tmp_path / "made" / "search.csv"
+    lengths = []
+    count = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: lengths.append(
+            len(path.read_text().splitlines())
+        )
+    )
+    monitor = SearchMonitor("step", csv=path)
+    models.fit(make_model(), callbacks=[monitor, count])
+    assert lengths == [4, 7]  # with a header
+    written = read_csv(path)
+    assert list(written) == list(monitor.history)
+    for name, values in monitor.history.items():
+        np.testing.assert_allclose(written[name], values, rtol=1e-8)
+    assert "sigma/hidden/median" in written
+
+
+def test_csv_is_written_anew_or_appended_to(tmp_path):
+    path = tmp_path / "search.csv"
+    optimizer, variables = make(), make_variables()
+
+    def search(steps, **kwargs):
+        monitor = SearchMonitor("step", csv=path, **kwargs)
+        with monitor.attached(optimizer):
+            for _ in range(steps):
+                optimizer.minimize(objective, variables)
+
+    search(2)
+    search(1)
+    assert list(read_csv(path)["step"]) == [3]
+    search(2, append=True)
+    assert list(read_csv(path)["step"]) == [3, 4, 5]
+    path.write_text("loss,accuracy\n1,2\n")
+    with pytest.raises(ValueError, match="Received: .'loss', 'accuracy'. in"):
+        search(1, append=True)
+    assert optimizer.observer is None
+
+
+def test_png(tmp_path):
+    from PIL import Image  # which comes with matplotlib
+
+    path = tmp_path / "made" / "search.png"
+    monitored_fit(
+        SearchMonitor("step", png=path),
+        optimizer=models.make_optimizer("separable"),
+    )
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert pixels.shape == (900, 1400)
+    for row in range(3):  # something in each of the nine
+        for column in range(3):
+            part = pixels[
+                300 * row : 300 * (row + 1), 466 * column : 466 * (column + 1)
+            ]
+            assert np.mean(part < 200) > 0.005
+    assert [p.name for p in path.parent.iterdir()] == ["search.png"]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    monitor = SearchMonitor("step", tensorboard=tmp_path)
+    monitored_fit(monitor)
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    history = columns(monitor.history)
+    tags = {f"search/{name}" for name in monitor.history if name != "step"}
+    assert set(events.Tags()["scalars"]) == tags
+    for name in ("kl", "gradient_cosine", "sigma/output/max"):
+        points = events.Scalars(f"search/{name}")
+        known = np.isfinite(history[name])
+        assert [p.step for p in points] == list(history["step"][known])
+        np.testing.assert_allclose(
+            [p.value for p in points], history[name][known], rtol=1e-6
+        )
+
+
+def test_without_matplotlib_and_tensorboard(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "matplotlib" else find(name, *args),
+    )
+    with pytest.raises(ImportError, match=r"pip install keras_vo\[plots\]"):
+        SearchMonitor(png="search.png")
+    program = """
+import sys
+sys.modules["matplotlib"] = sys.modules["tensorboard"] = None
+import keras_vo, tensorflow as tf
+monitor = keras_vo.callbacks.SearchMonitor(1, csv="a.csv", tensorboard="events")
+optimizer, w = keras_vo.VOOptimizer(), tf.Variable([1.0])
+with monitor.attached(optimizer):
+    optimizer.minimize(lambda w: w[0][0], [w])
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=tmp_path, timeout=120
+    )
+    assert list(read_csv(tmp_path / "a.csv")["step"]) == [1]
+    assert any((tmp_path / "events").iterdir())
+
+
+# --- replicas ---
+
+
+@pytest.mark.parametrize("exchange", ["fitness", "gradient"])
+def test_two_replicas_record_what_one_does(exchange):
+    def search(strategy):
+        with distribution.entered(strategy):
+            weights = [tf.Variable([[0.5, -1.0], [2.0, 0.3]]), tf.Variable(0.1)]
+            optimizer = keras_vo.VOOptimizer(
+                seed=5,
+                population_size=10,
+                search_distribution="separable",
+                exchange=exchange,
+            )
+
+        @tf.function
+        def step():
+            return optimizer.minimize(
+                lambda w: tf.reduce_sum(tf.cos(3 * w[0])) + w[1] ** 2, weights
+            )
+
+        monitor = SearchMonitor("step")
+        with monitor.attached(optimizer):
+            for _ in range(5):
+                step()
+                monitor.record()
+        return monitor.history
+
+    assert_same_columns(search(mirrored(2)), search(None), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "local"])
+def test_fit_in_replicas(kind, tmp_path, monkeypatch):
+    """The first worker writes; all see the same."""
+    data = models.make_data(70 * 8)
+
+    def run(path, **kwargs):
+        with mirrored(2).scope():
+            model = make_model(kind, optimizer=models.make_optimizer())
+        monitor = SearchMonitor(csv=path, **kwargs)
+        models.fit(model, *data, epochs=1, callbacks=[monitor])
+        return monitor.history
+
+    first = run(tmp_path / "first.csv", png=tmp_path / "first.png")
+    assert first["step"] == [64.0]
+    assert first["evaluations"] == [64.0 * 8]
+    assert np.isfinite(first["gradient_snr"][0])
+    monkeypatch.setattr(distribution, "is_first_worker", lambda strategy: False)
+    second = run(tmp_path / "second.csv", png=tmp_path / "second.png")
+    assert_same_columns(first, second)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["first.csv", "first.png"]
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize("every", ["batch", 0, 1.5, None])
+def test_every_is_checked(every):
+    with pytest.raises(ValueError, match="`every` must be .*Received: every="):
+        SearchMonitor(every)
+
+
+def test_epochs_need_a_fit():
+    with pytest.raises(ValueError, match="no epochs around `minimize`"):
+        with SearchMonitor().attached(make()):
+            pass
+
+
+def test_a_model_without_a_search():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Received: optimizer=<.*SGD"):
+        model.fit(
+            np.zeros((2, 4)),
+            np.zeros((2, 3)),
+            verbose=0,
+            callbacks=[SearchMonitor()],
+        )
+
+
+def test_layer_names():
+    names = layout.layer_names
+    shared = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, name="a"),
+            keras.layers.Dense(3, name="b"),
+        ]
+    )
+    assert names(shared.trainable_variables) == ("a", "b")
+    assert names(shared.trainable_variables[:1]) == ("a",)
+    plain = [tf.Variable(0.0, name="w"), tf.Variable(0.0, name="w")]
+    assert names(plain) == ("w", "w_1")
