@@ -9,14 +9,16 @@ the mean of beta = log sigma^2 over a block b of D weights (a layer; all
 weights if sigma is isotropic):
 
     c_b    = dU/dbeta_b / (rms(u) sqrt(F_b)),     F_b = D / 2
-    beta_b <- max(beta_b - rate (c_b + pull), log mean_b (mu' - m)^2)
+    phi_b  = log mean_b (mu' - m)^2
+    beta_b <- max(phi_b, beta_b - rate (c_b + .03 + .03 (beta_b - phi_b)))
     m      <- m + (mu' - m) / max(100, t / 2)
 
 c_b is the correlation of the utilities with the radius: the step in whitened
 coordinates, F^-1/2 dU/dbeta, in units of the utilities. Its noise is
-1 / sqrt(N) whatever D. `pull` leans towards less: without it the walk of a
-sigma that the losses do not restore has no home. (Where all losses are equal,
-sigma grows instead.)
+1 / sqrt(N) whatever D. What is added to it leans towards the floor phi, the
+more so the further sigma is above it (an excess beyond 5 counts as 5): without
+that the walk of a sigma that the losses do not restore has no home. Where all
+losses are equal sigma grows instead.
 
 The floor keeps where the mean has been within the search distribution: sigma
 is at least the root mean square distance of the mean from its own moving
@@ -40,6 +42,8 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import tensorflow as tf
 
 from keras_vo.layout import WeightLayout
@@ -49,6 +53,7 @@ __all__ = ["adapted_log_variance", "averaged_mean", "correlation"]
 _RATE = 2.0
 _FULL_RATE_POPULATION = 128
 _PULL = 0.03
+_MOST_EXCESS = 5.0
 _DEVIATION_RATE = 0.1
 _LEAST_HORIZON = 100.0
 
@@ -58,9 +63,7 @@ def correlation(
 ) -> tf.Tensor:
     """c_b = (dU/dbeta_b / rms(u)) / sqrt(F_b); 0 where F is 0.
 
-    Where all members have the same loss there is no correlation to be had:
-    sigma is too small to see a step of the loss. c is then -2 pull, so that
-    sigma grows as fast as it falls otherwise.
+    Where all members have the same loss there is none: NaN.
 
     Args:
         scaled_gradient: dU/dbeta over the root mean square of the utilities,
@@ -69,7 +72,7 @@ def correlation(
         utility: 0 where all utilities are 0, alike.
     """
     c = tf.math.divide_no_nan(scaled_gradient, tf.sqrt(fisher))
-    return tf.where(utility > 0, c, -2.0 * _PULL)
+    return tf.where(utility > 0, c, tf.constant(math.nan, c.dtype))
 
 
 def averaged_mean(
@@ -100,7 +103,8 @@ def adapted_log_variance(
     Args:
         log_variance: beta, [groups] of `layout`.
         gradient: dU/dbeta, alike; read only where each weight has its own.
-        correlations: c, [blocks].
+        correlations: c, [blocks]. Where it is NaN all losses are equal: sigma
+            is too small to see a step of them, and grows by rate * .03.
         distance: mu' - m, [d].
         population_size: N. Below 128 members c has more noise, and `rate` is
             smaller in proportion to N.
@@ -112,7 +116,11 @@ def adapted_log_variance(
     floor = tf.math.log(blocks.group_means(tf.square(distance)))
 
     def step(block: tf.Tensor) -> tf.Tensor:
-        return tf.maximum(block - rate * (correlations + _PULL), floor)
+        excess = tf.clip_by_value(block - floor, 0.0, _MOST_EXCESS)
+        change = correlations + _PULL * (1.0 + excess)
+        blind = tf.constant(-_PULL, block.dtype)
+        change = tf.where(tf.math.is_nan(correlations), blind, change)
+        return tf.maximum(block - rate * change, floor)
 
     if layout.groups is not None:  # groups are the blocks
         return step(log_variance)

@@ -151,9 +151,10 @@ def adapted_step(
         own = [g for g, i in enumerate(groups) if set(i) <= set(indices)]
         sizes = [len(groups[g]) for g in own]
         center = np.average(new_beta[own], weights=sizes)
-        target = center - 2.0 * min(1, n / 128) * (c + 0.03)
-        floor = np.mean((new_mu - average)[indices] ** 2)
-        target = max(target, math.log(floor))
+        floor = math.log(np.mean((new_mu - average)[indices] ** 2))
+        lean = 0.03 + 0.03 * min(5, max(0, center - floor))
+        target = center - 2.0 * min(1, n / 128) * (c + lean)
+        target = max(target, floor)
         natural = np.array(
             [
                 utilities

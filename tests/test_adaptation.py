@@ -95,22 +95,22 @@ def test_the_rule_by_hand():
             shared,
         ).numpy()
 
-    # -1 - 2 (.2 + .03) = -1.46; 2 - 2 (-.1 + .03) = 2.14.
+    # No floor, an excess of 5: -1 - 2 (.2 + .18), 2 - 2 (-.1 + .18).
     free = adapted(shared, [-1, 2], [9, 9], [0, 0, 0])
-    np.testing.assert_allclose(free, [-1.46, 2.14])
+    np.testing.assert_allclose(free, [-1.76, 1.84])
     small = adapted(shared, [-1, 2], [9, 9], [0, 0, 0], population_size=32)
-    np.testing.assert_allclose(small, [-1.115, 2.035])
+    np.testing.assert_allclose(small, [-1.19, 1.96])
     large = adapted(shared, [-1, 2], [9, 9], [0, 0, 0], population_size=512)
     np.testing.assert_allclose(large, free)
-    # The floor: the mean of 1 and 49 is 25.
-    held = adapted(shared, [-1, 2], [9, 9], [1, -7, 0.1])
-    np.testing.assert_allclose(held, [math.log(25), 2.14])
+    # Floors: log of the mean of 1 and 49, and log e^-2, an excess of 4.
+    held = adapted(shared, [-1, 2], [9, 9], [1, -7, math.exp(-1)])
+    np.testing.assert_allclose(held, [math.log(25), 2 - 2 * 0.05])
     # Each weight its own: natural gradients 2 g = .4, -.2 have the mean .1.
     own = adapted(separable, [-2, 0, 2], [0.2, -0.1, 7], [0, 0, 0])
-    np.testing.assert_allclose(own, [-2.46 - 0.03, -0.46 + 0.03, 2.14])
+    np.testing.assert_allclose(own, [-2.76 - 0.03, -0.76 + 0.03, 1.84])
     own = adapted(separable, [-2, 0, 2], [0.2, -0.1, 7], [1, -7, 0])
     at = math.log(25)
-    np.testing.assert_allclose(own, [at - 1.03, at + 1.03, 2.14])
+    np.testing.assert_allclose(own, [at - 1.03, at + 1.03, 1.84])
 
 
 def test_the_average_is_over_the_later_part_of_the_search():
@@ -320,7 +320,7 @@ def test_the_average_is_that_of_the_steps_taken():
 
 
 def test_sigma_grows_where_all_losses_are_equal():
-    """beta by rate * pull = 2 * 8/128 * .03 a step, until some differ."""
+    """beta by rate * .03 = 2 * 8/128 * .03 a step, until some differ."""
     variables = make_variables()
     optimizer = make("layerwise", stddev=0.01)
     for _ in range(3):
