@@ -9,9 +9,9 @@ have the same first weights, sigma, batches and first step of the weights.
 - By descent, sigma falls some tenfold, and the gradient the inner optimizer is
   handed grows as 1 / sigma: so do its steps, and with them the weights.
 - By default, sigma falls at first, then rises and falls with the distance of
-  the mean from where it lately was. The gradient stays as it is when sigma is
-  fixed: below sqrt(2) times the noise of a population, which is what pairs of
-  opposite losses would make of it (bottom left).
+  the mean from where it lately was. The gradient stays about as it is when
+  sigma is fixed: the noise of a population, or up to about sqrt(2) times it,
+  which is what pairs of opposite losses make of it (bottom left).
 
     python examples/variance_adaptation.py --stddev 0.05 --seed 1
 """

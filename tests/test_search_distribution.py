@@ -49,6 +49,21 @@ def test_unknown_distribution():
         search_distribution.get("round")
 
 
+def test_without_a_learning_rate_sigma_follows_the_mean():
+    for variance in ("fixed", "isotropic", "layerwise", "separable"):
+        distribution = keras_vo.GaussianSearchDistribution(variance)
+        assert distribution.learning_rate is None
+        assert distribution.follows_mean == (variance != "fixed")
+        assert (
+            keras_vo.GaussianSearchDistribution.from_config(
+                distribution.get_config()
+            ).follows_mean
+            == distribution.follows_mean
+        )
+        own = keras_vo.GaussianSearchDistribution(variance, learning_rate=0.1)
+        assert not own.follows_mean
+
+
 def test_update_is_a_step_within_bounds():
     distribution = keras_vo.GaussianSearchDistribution(
         "separable", 1.0, learning_rate=0.5, min_stddev=0.5, max_stddev=2.0
