@@ -9,7 +9,7 @@ the mean of beta = log sigma^2 over a block b of D weights (a layer; all
 weights if sigma is isotropic):
 
     c_b    = dU/dbeta_b / (rms(u) sqrt(F_b)),     F_b = D / 2
-    phi_b  = log mean_b (mu' - m)^2
+    phi_b  = log (mean_b (mu' - m)^2 / 2)
     beta_b <- max(phi_b, beta_b - rate (c_b + .03 + .03 (beta_b - phi_b)))
     m      <- m + (mu' - m) / max(100, t / 2)
 
@@ -21,12 +21,12 @@ that the walk of a sigma that the losses do not restore has no home. Where all
 losses are equal sigma grows instead.
 
 The floor keeps where the mean has been within the search distribution: sigma
-is at least the root mean square distance of the mean from its own moving
-average m over the later part of the search's t updates. Steps that go one way
-add up in it and steps that go to and fro cancel, as in the evolution paths of
-[1]; where the mean comes to rest, sigma falls. Sigma in turn has no say in the
-steps of the mean, see `estimators.whitened_mean_gradient`: there is no loop
-that could run away.
+is at least 1/sqrt(2) of the root mean square distance of the mean from its own
+moving average m over the later part of the search's t updates. Steps that go
+one way add up in it and steps that go to and fro cancel, as in the evolution
+paths of [1]; where the mean comes to rest, sigma falls. Sigma in turn has no
+say in the steps of the mean, see `estimators.whitened_mean_gradient`: there is
+no loop that could run away.
 
 Where each weight has its own sigma, weights depart from their block by plain
 descent on the natural gradient,
@@ -52,6 +52,7 @@ __all__ = ["adapted_log_variance", "averaged_mean", "correlation"]
 
 _RATE = 2.0
 _FULL_RATE_POPULATION = 128
+_SQUARED_DISTANCES = 0.5
 _PULL = 0.03
 _MOST_EXCESS = 5.0
 _DEVIATION_RATE = 0.1
@@ -113,7 +114,8 @@ def adapted_log_variance(
     """
     rate = _RATE * min(1.0, population_size / _FULL_RATE_POPULATION)
     # The log of 0 is -inf: no floor.
-    floor = tf.math.log(blocks.group_means(tf.square(distance)))
+    squares = blocks.group_means(tf.square(distance))
+    floor = tf.math.log(_SQUARED_DISTANCES * squares)
 
     def step(block: tf.Tensor) -> tf.Tensor:
         excess = tf.clip_by_value(block - floor, 0.0, _MOST_EXCESS)

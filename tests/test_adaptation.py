@@ -102,14 +102,14 @@ def test_the_rule_by_hand():
     np.testing.assert_allclose(small, [-1.19, 1.96])
     large = adapted(shared, [-1, 2], [9, 9], [0, 0, 0], population_size=512)
     np.testing.assert_allclose(large, free)
-    # Floors: log of the mean of 1 and 49, and log e^-2, an excess of 4.
-    held = adapted(shared, [-1, 2], [9, 9], [1, -7, math.exp(-1)])
-    np.testing.assert_allclose(held, [math.log(25), 2 - 2 * 0.05])
+    # Floors: log of half the mean of 1 and 49, and log e^-2, an excess of 4.
+    held = adapted(shared, [-1, 2], [9, 9], [1, -7, 2**0.5 * math.exp(-1)])
+    np.testing.assert_allclose(held, [math.log(12.5), 2 - 2 * 0.05])
     # Each weight its own: natural gradients 2 g = .4, -.2 have the mean .1.
     own = adapted(separable, [-2, 0, 2], [0.2, -0.1, 7], [0, 0, 0])
     np.testing.assert_allclose(own, [-2.76 - 0.03, -0.76 + 0.03, 1.84])
     own = adapted(separable, [-2, 0, 2], [0.2, -0.1, 7], [1, -7, 0])
-    at = math.log(25)
+    at = math.log(12.5)
     np.testing.assert_allclose(own, [at - 1.03, at + 1.03, 1.84])
 
 
