@@ -56,7 +56,7 @@ ROWS = {
     },
     **{
         f"variance learning rate {rate}": ({}, {"learning_rate": rate}, None)
-        for rate in (0.03, 0.3, 1.0)
+        for rate in (0.03, 0.1, 0.3, 1.0)
     },
     **{
         f"fitness_shaping={s}": ({"fitness_shaping": s}, {}, None)

@@ -97,7 +97,9 @@ class VOOptimizer(keras.optimizers.Optimizer):
         search_distribution: a `GaussianSearchDistribution`, or its variance:
             "fixed", "isotropic", "layerwise" or "separable".
         natural_gradient: whether to precondition the search gradients with
-            the inverse Fisher information [1, eq. 19-21].
+            the inverse Fisher information [1, eq. 19-21]. Where sigma adapts
+            without a learning rate of its own, the natural gradient of mu is
+            scaled such that its size does not change with sigma.
         antithetic: whether members come in pairs mu + sigma z, mu - sigma z
             [1, eq. 22]. It removes the even part of f from the gradient of
             mu.
