@@ -105,11 +105,11 @@ def measure(
             callbacks=callbacks,
         )
 
-    # The turn is passed on before the monitor does what it does at the end of
-    # an epoch, which is nothing here.
+    # The turn is passed on after the monitor has done what it does at the end
+    # of an epoch.
     threads = [
         threading.Thread(target=fit, args=(callbacks,))
-        for callbacks in ([off], [on, monitor])
+        for callbacks in ([off], [monitor, on])
     ]
     for thread in threads:
         thread.start()

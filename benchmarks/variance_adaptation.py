@@ -7,7 +7,7 @@ line, with the largest gradient norm over its median and the range of sigma.
 
     digits   MLP 64-64-10, |B| = 64, 2000 steps, cosine decay of the rate
     local    MNIST MLP 784-128-10 of LocalReparamDense layers, N = 16,
-             |B| = 256, `--seconds` of training
+             |B| = 256, `--seconds` of training (or `--steps`)
     cnn      the MNIST network of `thesis_mnist.py`, N = 100, |B| = 200,
              300 generations, cosine decay
 
@@ -78,7 +78,7 @@ class Watch(keras.callbacks.Callback):
             self._start = time.perf_counter()  # the first step compiles
         if len(self.norms) % 20 == 1:
             stddevs = [np.ravel(s) for s in self._optimizer.stddevs]
-            # Of each kernel, the geometric mean.
+            # Of each layer's first weights, the geometric mean.
             self.layers = [
                 float(f"{np.exp(np.log(s).mean()):.3g}") for s in stddevs[::2]
             ]
@@ -115,7 +115,7 @@ def mnist():
         )
 
 
-def digits(seed):
+def digits():
     x, y = load_digits(return_X_y=True)
     data = train_test_split(
         x.astype("float32") / 16,
@@ -134,7 +134,7 @@ def digits(seed):
     return model, data, 64, steps, None, optimizer
 
 
-def local(seed):
+def local():
     optimizer = {
         "inner_optimizer": keras.optimizers.Adam(0.005),
         "population_size": 16,
@@ -145,7 +145,7 @@ def local(seed):
     return model, mnist(), 256, steps, FLAGS.seconds, optimizer
 
 
-def cnn(seed):
+def cnn():
     import thesis_mnist
 
     steps = FLAGS.steps or 300
@@ -162,7 +162,7 @@ def cnn(seed):
 
 def run(variance, stddev, seed):
     keras.utils.set_random_seed(seed)
-    model, data, batch, steps, seconds, optimizer = globals()[FLAGS.task](seed)
+    model, data, batch, steps, seconds, optimizer = globals()[FLAGS.task]()
     x, x_test, y, y_test = data
     vo = keras_vo.VOOptimizer(
         search_distribution=keras_vo.GaussianSearchDistribution(

@@ -8,30 +8,31 @@ has lately been, and only its excess over that from the gradient. With beta_b
 the mean of beta = log sigma^2 over a block b of D weights (a layer; all
 weights if sigma is isotropic):
 
-    c_b    = dU/dbeta_b / (rms(u) sqrt(F_b)),     F_b = D / 2
+    c_b    = dU/dbeta_b / (rms(u) sqrt(F_b))
     phi_b  = log (mean_b (mu' - m)^2 / 2)
     beta_b <- max(phi_b, beta_b - rate (c_b + .03 + .03 (beta_b - phi_b)))
     m      <- m + (mu' - m) / max(100, t / 2)
 
 c_b is the correlation of the utilities with the radius: the step in whitened
-coordinates, F^-1/2 dU/dbeta, in units of the utilities. Its noise is
-1 / sqrt(N) whatever D. What is added to it leans towards the floor phi, the
-more so the further sigma is above it (an excess beyond 5 counts as 5): without
-that the walk of a sigma that the losses do not restore has no home. Where all
-losses are equal sigma grows instead.
+coordinates, F^-1/2 dU/dbeta, in units of the utilities. F_b is D / 2 for noise
+of full rank, for others see `spaces`; the noise of c_b is 1 / sqrt(N) whatever
+D (less for noise that examples judge). What is added to it leans towards the
+floor phi, the more so the further sigma is above it (an excess beyond 5 counts
+as 5): without that the walk of a sigma that the losses do not restore has no
+home. Where all losses are equal sigma grows instead.
 
 The floor keeps where the mean has been within the search distribution: sigma
 is at least 1/sqrt(2) of the root mean square distance of the mean from its own
 moving average m over the later part of the search's t updates. Steps that go
 one way add up in it and steps that go to and fro cancel, as in the evolution
-paths of [1]; where the mean comes to rest, sigma falls. Sigma in turn has no
-say in the steps of the mean, see `estimators.whitened_mean_gradient`: there is
-no loop that could run away.
+paths of [1]; where the mean comes to rest, sigma falls. With natural gradients,
+sigma in turn has no say in the steps of the mean, see
+`estimators.whitened_mean_gradient`: there is no loop that could run away.
 
 Where each weight has its own sigma, weights depart from their block by plain
 descent on the natural gradient,
 
-    beta_i <- beta_i - 0.1 (nat_i - mean_b nat).
+    beta_i <- beta_i - 0.03 (nat_i - mean_b nat) / rms(u).
 
 BUILD_NOTES.md, "Adapting the variance", has what else was tried.
 
@@ -55,7 +56,7 @@ _FULL_RATE_POPULATION = 128
 _SQUARED_DISTANCES = 0.5
 _PULL = 0.03
 _MOST_EXCESS = 5.0
-_DEVIATION_RATE = 0.1
+_DEVIATION_RATE = 0.03
 _LEAST_HORIZON = 100.0
 
 
@@ -92,7 +93,7 @@ def averaged_mean(
 
 def adapted_log_variance(
     log_variance: tf.Tensor,
-    gradient: tf.Tensor,
+    scaled_gradient: tf.Tensor,
     correlations: tf.Tensor,
     distance: tf.Tensor,
     population_size: int,
@@ -103,7 +104,8 @@ def adapted_log_variance(
 
     Args:
         log_variance: beta, [groups] of `layout`.
-        gradient: dU/dbeta, alike; read only where each weight has its own.
+        scaled_gradient: dU/dbeta over the root mean square of the utilities,
+            alike; read only where each weight has its own.
         correlations: c, [blocks]. Where it is NaN all losses are equal: sigma
             is too small to see a step of them, and grows by rate * .03.
         distance: mu' - m, [d].
@@ -127,7 +129,7 @@ def adapted_log_variance(
     if layout.groups is not None:  # groups are the blocks
         return step(log_variance)
     block = blocks.group_means(log_variance)
-    natural = 2.0 * gradient  # F = 1/2 for each weight
+    natural = 2.0 * scaled_gradient  # F = 1/2 for each weight
     deviation = natural - blocks.expand(blocks.group_means(natural))
     change = blocks.expand(step(block) - block)
     return log_variance - _DEVIATION_RATE * deviation + change

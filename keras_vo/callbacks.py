@@ -157,9 +157,7 @@ class SearchMonitor(keras.callbacks.Callback):
             self.detach()
 
     def record(self) -> None:
-        """Takes the numbers of the step that was made, or of several.
-
-        Of at most 64 steps since the last call.
+        """Takes the numbers of the step that was made: call it after each.
 
         Raises:
             ValueError: the monitor is not attached, or has seen no step.
@@ -259,15 +257,20 @@ class SearchMonitor(keras.callbacks.Callback):
                 "Expected one SearchMonitor at a time. Received: an optimizer "
                 "that another one is attached to (`detach()` it first)"
             )
+        if self._optimizer is not None:
+            raise ValueError(
+                "Expected one optimizer at a time. Received: a monitor that "
+                "is attached to another one (`detach()` it first)"
+            )
+        self._writes = distribution.is_first_worker(optimizer.strategy)
+        if self._writes:  # first: it may fail
+            for record in self._records:
+                record.open()
         self._begin(StepObserver(*self._every_and_capacity()))
         optimizer.observe(self._observer)
         self._optimizer = optimizer
         if not self._append:
             self._history = {}
-        self._writes = distribution.is_first_worker(optimizer.strategy)
-        if self._writes:
-            for record in self._records:
-                record.open()
 
     def _every_and_capacity(self) -> tuple[int, int]:
         """One of how many steps is looked at, and how many are kept."""
@@ -310,6 +313,11 @@ class SearchMonitor(keras.callbacks.Callback):
         row |= {name: values.pop(name) for name in NUMBERS[1:]}
         row["evaluations_per_second"] = done / seconds if seconds else math.nan
         row |= values
+        if self._history and list(row) != list(self._history):
+            raise ValueError(
+                "Expected the columns of the training before, to append to: "
+                f"{list(self._history)}. Received: {list(row)}"
+            )
         for name, value in row.items():
             self._history.setdefault(name, []).append(value)
         if self._writes:

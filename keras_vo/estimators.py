@@ -96,7 +96,7 @@ def whitened_mean_gradient(
     gradient: tf.Tensor,
     stddev: tf.Tensor,
     initial_stddev: float,
-    scaled_utilities: bool,
+    loss_scaled: bool,
 ) -> tf.Tensor:
     """dU/dmu times what makes its size independent of sigma.
 
@@ -109,9 +109,9 @@ def whitened_mean_gradient(
         gradient: dU/dmu [d].
         stddev: sigma, broadcasts against it.
         initial_stddev: sigma_0.
-        scaled_utilities: whether utilities have the scale of the losses.
+        loss_scaled: whether utilities have the scale of the losses.
     """
-    if scaled_utilities:
+    if loss_scaled:
         return initial_stddev**2 * gradient
     return initial_stddev * stddev * gradient
 
@@ -122,7 +122,8 @@ def natural_log_variance_gradient(
     """F^-1 dU/dbeta; a variance shared by D weights has F_beta = D / 2.
 
     (One weight has F_beta = 1/2: eq. 20 of [1] gives 1 / (2 sigma^4) for
-    sigma^2, and d sigma^2 / d beta = sigma^2. Weights add up.)
+    sigma^2, and d sigma^2 / d beta = sigma^2. Weights add up. That is full
+    noise; other kinds have less, see `spaces`.)
 
     Args:
         gradient: dU/dbeta [groups].

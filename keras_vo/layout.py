@@ -60,7 +60,9 @@ def layer_names(variables: Sequence[Any]) -> tuple[str, ...]:
     names: list[str] = []
     for index, parts in enumerate(paths):
         name = "/".join(parts[common:])
-        names.append(f"{name}_{index}" if name in names else name)
+        while name in names:
+            name = f"{name}_{index}"
+        names.append(name)
     return tuple(names)
 
 

@@ -105,7 +105,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
             mu.
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
-            finite losses [N] to utilities [N] (higher for a higher loss).
+            finite losses [N] to utilities [N] (higher for a higher loss; of a
+            size that does not depend on that of the losses, if sigma adapts).
             For `LocalReparamDense` it is applied example by example, to the
             members that the example's replica evaluates.
         max_kl: bound, in nats, on the KL divergence between the search
@@ -660,9 +661,19 @@ class VOOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         """Steps mu by the inner optimizer, and beta."""
         layout = self._layout
+        average = mean
+        if self._averaged_mean is not None:
+            # Before the first step weights may have been loaded.
+            average = tf.where(
+                tf.equal(tf.convert_to_tensor(self.iterations), 0),
+                mean,
+                tf.convert_to_tensor(self._averaged_mean),
+            )
         self.inner_optimizer.apply(layout.unflatten(gradient.mean), variables)
         new_mean = layout.flatten(variables)
-        proposal = self._proposed_log_variance(log_variance, gradient, new_mean)
+        proposal = self._proposed_log_variance(
+            log_variance, gradient, new_mean - average
+        )
         if self.max_kl is not None:
             change, log_change = new_mean - mean, proposal - log_variance
             share = distribution_lib.share_within(
@@ -676,9 +687,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         self.assign(self._log_variance, proposal)
         if self._averaged_mean is not None:
             average = adaptation.averaged_mean(
-                tf.convert_to_tensor(self._averaged_mean),
-                new_mean,
-                tf.convert_to_tensor(self.iterations),
+                average, new_mean, tf.convert_to_tensor(self.iterations)
             )
             self.assign(self._averaged_mean, average)
 
@@ -686,7 +695,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         self,
         log_variance: tf.Tensor,
         gradient: SearchGradient,
-        new_mean: tf.Tensor,
+        distance: tf.Tensor,
     ) -> tf.Tensor:
         """Where beta goes, unless `max_kl` forbids it."""
         if not self.search_distribution.adapts:
@@ -698,9 +707,9 @@ class VOOptimizer(keras.optimizers.Optimizer):
         return self.search_distribution.bounded(
             adaptation.adapted_log_variance(
                 log_variance,
-                gradient.log_variance,
+                gradient.scaled_log_variance,
                 gradient.correlations,
-                new_mean - tf.convert_to_tensor(self._averaged_mean),
+                distance,
                 self.population_size,
                 self._layout,
                 self._blocks,

@@ -35,10 +35,10 @@ class GaussianSearchDistribution:
     The distribution over the weights is N(mu, diag sigma^2). What is stored
     and learned is beta = log sigma^2. By default sigma follows the mean and
     the search gradient, by the rule of `keras_vo/adaptation.py`, and the
-    natural gradient of the mean is scaled such that its steps do not depend
-    on sigma. It starts well from any `stddev`, and falls with the learning
-    rate of the mean. With a `learning_rate` of its own, beta goes down its
-    search gradient and nothing else is changed:
+    natural gradient of the mean, if it is asked for, is scaled such that its
+    steps do not depend on sigma. It starts well from any `stddev`, and falls
+    with the learning rate of the mean. With a `learning_rate` of its own, beta
+    goes down its search gradient and nothing else is changed:
 
         beta <- clip(beta - learning_rate * grad_beta)
 

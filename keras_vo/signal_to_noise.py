@@ -151,4 +151,5 @@ def signal_to_noise(
     """
     noise = draws / (draws - 1) * (squares - squared_norm / draws)
     snr = squared_norm / noise - 1.0
-    return tf.where(noise > 0, snr, tf.constant(math.nan, snr.dtype))
+    known = (noise > 0) & (draws > 1)
+    return tf.where(known, snr, tf.constant(math.nan, snr.dtype))

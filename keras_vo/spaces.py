@@ -44,6 +44,8 @@ class SearchGradient(NamedTuple):
         mean: dU/dmu [d].
         log_variance: dU/dbeta [groups]; 0 if sigma is fixed.
         fisher: Fisher information of beta, alike.
+        scaled_log_variance: dU/dbeta over the root mean square of the
+            utilities, alike.
         correlations: of the utilities with the radius of each block's noise,
             [blocks]; see `adaptation`. 0 if sigma is fixed.
         squares: sum of the squared norms of the draws' terms of `mean`, as
@@ -53,6 +55,7 @@ class SearchGradient(NamedTuple):
     mean: tf.Tensor
     log_variance: tf.Tensor
     fisher: tf.Tensor
+    scaled_log_variance: tf.Tensor
     correlations: tf.Tensor
     squares: tf.Tensor | None = None
 
@@ -471,8 +474,7 @@ class SearchSpaces:
             utilities[i].append(utility)
             if beta is not None:
                 betas[i].append(beta)
-                total = tf.reduce_sum(beta)
-                scaled[i].append(tf.math.divide_no_nan(total, utility))
+                scaled[i].append(tf.math.divide_no_nan(beta, utility))
         mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
         by_block = self._blocks.by_group([tf.add_n(f) for f in fishers])
         by_group = by_block
@@ -483,14 +485,17 @@ class SearchSpaces:
                 mean_gradient,
                 tf.zeros_like(by_group),
                 by_group,
+                tf.zeros_like(by_group),
                 tf.zeros_like(by_block),
             )
+        by_variable = [tf.add_n(s) for s in scaled]
         return SearchGradient(
             mean_gradient,
             self._layout.by_group([tf.add_n(b) for b in betas]),
             by_group,
+            self._layout.by_group(by_variable),
             adaptation.correlation(
-                self._blocks.by_group([tf.add_n(s) for s in scaled]),
+                self._blocks.by_group([tf.reduce_sum(s) for s in by_variable]),
                 by_block,
                 self._blocks.by_group([tf.add_n(u) for u in utilities]),
             ),

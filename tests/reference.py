@@ -161,11 +161,12 @@ def adapted_step(
                 @ (z[:, list(groups[g])] ** 2 - 1).sum(axis=1)
                 / n
                 / len(groups[g])
+                / spread
                 for g in own
             ]
         )
         natural -= np.average(natural, weights=sizes)
-        new_beta[own] += target - center - 0.1 * natural
+        new_beta[own] += target - center - 0.03 * natural
     return new_mu, new_beta
 
 

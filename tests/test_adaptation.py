@@ -105,10 +105,11 @@ def test_the_rule_by_hand():
     # Floors: log of half the mean of 1 and 49, and log e^-2, an excess of 4.
     held = adapted(shared, [-1, 2], [9, 9], [1, -7, 2**0.5 * math.exp(-1)])
     np.testing.assert_allclose(held, [math.log(12.5), 2 - 2 * 0.05])
-    # Each weight its own: natural gradients 2 g = .4, -.2 have the mean .1.
-    own = adapted(separable, [-2, 0, 2], [0.2, -0.1, 7], [0, 0, 0])
+    # Each weight its own: natural gradients 2 g = 4/3, -2/3 have the mean
+    # 1/3: .03 (4/3 - 1/3) = .03.
+    own = adapted(separable, [-2, 0, 2], [2 / 3, -1 / 3, 7], [0, 0, 0])
     np.testing.assert_allclose(own, [-2.76 - 0.03, -0.76 + 0.03, 1.84])
-    own = adapted(separable, [-2, 0, 2], [0.2, -0.1, 7], [1, -7, 0])
+    own = adapted(separable, [-2, 0, 2], [2 / 3, -1 / 3, 7], [1, -7, 0])
     at = math.log(12.5)
     np.testing.assert_allclose(own, [at - 1.03, at + 1.03, 1.84])
 
@@ -299,7 +300,7 @@ def test_a_step_without_any_finite_loss_changes_nothing(replicas):
         changed = sum(
             np.any(a != b) for a, b in zip(before, after, strict=True)
         )
-        # Weights, beta, squared steps and two counters, or one counter.
+        # Weights, beta, the averaged mean and two counters, or one counter.
         assert changed == (2 + 2 + 2 if changes else 1)
 
 
@@ -314,6 +315,17 @@ def test_the_average_is_that_of_the_steps_taken():
         0.99 * before + 0.01 * flat(variables),
         rtol=1e-12,
     )
+
+
+def test_weights_that_are_loaded_before_the_first_step_are_no_move():
+    """The floor would be .7 times the distance from the initial weights."""
+    variables = make_variables()
+    optimizer = make("layerwise", stddev=0.01)
+    optimizer.build(variables)
+    for variable in variables:
+        variable.assign_add(10.0 * tf.ones_like(variable))
+    optimizer.minimize(objective, variables)
+    assert np.max(flat(optimizer.stddevs)) < 0.02
 
 
 # --- its effect ---
