@@ -330,6 +330,13 @@ def test_noise_is_the_variance_of_the_gradient(kind, natural, variance):
     assert abs(noise.mean() - variance) < 3 * error + 0.1 * variance
 
 
+def test_a_single_draw_has_no_noise_to_compare_with():
+    snr = signal_to_noise.signal_to_noise(*map(tf.constant, (1.0, 1.5, 1.0)))
+    assert math.isnan(snr)
+    snr = signal_to_noise.signal_to_noise(*map(tf.constant, (1.0, 1.5, 2.0)))
+    np.testing.assert_allclose(snr, 1 / (2 * (1.5 - 0.5)) - 1)
+
+
 def test_squares_of_low_rank_noise():
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(5, 2, 3)), rng.normal(size=(5, 2, 4))
@@ -577,6 +584,35 @@ def test_one_monitor_at_a_time():
             with SearchMonitor("step").attached(optimizer):
                 pass
     assert optimizer.observer is None
+    monitor, other = SearchMonitor("step"), make()
+    with monitor.attached(optimizer):
+        with pytest.raises(ValueError, match="one optimizer at a time"):
+            with monitor.attached(other):
+                pass
+    assert optimizer.observer is None and other.observer is None
+
+
+def test_a_file_that_cannot_be_opened_leaves_nothing_on(tmp_path):
+    optimizer, variables = make(), make_variables()
+    with pytest.raises(IsADirectoryError):
+        with SearchMonitor("step", csv=tmp_path).attached(optimizer):
+            pass
+    assert optimizer.observer is None
+    with SearchMonitor("step").attached(optimizer) as monitor:
+        optimizer.minimize(objective, variables)
+        monitor.record()
+    assert monitor.history["step"] == [1]
+
+
+def test_history_is_appended_to_by_the_same_columns():
+    monitor = SearchMonitor("step", append=True)
+    optimizer, variables = make(), make_variables()
+    with monitor.attached(optimizer):
+        optimizer.minimize(objective, variables)
+    with pytest.raises(ValueError, match="columns of the training before"):
+        with monitor.attached(other := make("isotropic")):
+            other.minimize(lambda w: tf.norm(w[0]), [tf.Variable([1.0, 2.0])])
+    assert other.observer is None
 
 
 # --- members without a finite loss ---
@@ -832,3 +868,5 @@ def test_layer_names():
     assert names(shared.trainable_variables[:1]) == ("a",)
     plain = [tf.Variable(0.0, name="w"), tf.Variable(0.0, name="w")]
     assert names(plain) == ("w", "w_1")
+    plain.insert(1, tf.Variable(0.0, name="w_2"))
+    assert names(plain) == ("w", "w_2", "w_2_2")
