@@ -9,9 +9,9 @@ the mean of beta = log sigma^2 over a block b of D weights (a layer; all
 weights if sigma is isotropic):
 
     c_b    = dU/dbeta_b / (rms(u) sqrt(F_b))
-    phi_b  = log (mean_b (mu' - m)^2 / 2)
+    phi_b  = log mean_b (mu' - m)^2
     beta_b <- max(phi_b, beta_b - rate (c_b + .03 + .03 (beta_b - phi_b)))
-    m      <- m + (mu' - m) / max(100, t / 2)
+    m      <- m + (mu' - m) / max(20, t / 2)
 
 c_b is the correlation of the utilities with the radius: the step in whitened
 coordinates, F^-1/2 dU/dbeta, in units of the utilities. F_b is D / 2 for noise
@@ -22,11 +22,11 @@ as 5): without that the walk of a sigma that the losses do not restore has no
 home. Where all losses are equal sigma grows instead.
 
 The floor keeps where the mean has been within the search distribution: sigma
-is at least 1/sqrt(2) of the root mean square distance of the mean from its own
-moving average m over the later part of the search's t updates. Steps that go
-one way add up in it and steps that go to and fro cancel, as in the evolution
-paths of [1]; where the mean comes to rest, sigma falls. With natural gradients,
-sigma in turn has no say in the steps of the mean, see
+is at least the root mean square distance of the mean from its own moving
+average m over the later part of the search's t updates. Steps that go one way
+add up in it and steps that go to and fro cancel, as in the evolution paths of
+[1]; where the mean comes to rest, sigma falls. With natural gradients, sigma
+in turn has no say in the steps of the mean, see
 `estimators.whitened_mean_gradient`: there is no loop that could run away.
 
 Where each weight has its own sigma, weights depart from their block by plain
@@ -53,11 +53,10 @@ __all__ = ["adapted_log_variance", "averaged_mean", "correlation"]
 
 _RATE = 2.0
 _FULL_RATE_POPULATION = 128
-_SQUARED_DISTANCES = 0.5
 _PULL = 0.03
 _MOST_EXCESS = 5.0
 _DEVIATION_RATE = 0.03
-_LEAST_HORIZON = 100.0
+_LEAST_HORIZON = 20.0
 
 
 def correlation(
@@ -80,7 +79,7 @@ def correlation(
 def averaged_mean(
     average: tf.Tensor, mean: tf.Tensor, updates: tf.Tensor
 ) -> tf.Tensor:
-    """m <- m + (mu - m) / max(100, t / 2). It starts where mu does.
+    """m <- m + (mu - m) / max(20, t / 2). It starts where mu does.
 
     Args:
         average: m, [d].
@@ -116,8 +115,7 @@ def adapted_log_variance(
     """
     rate = _RATE * min(1.0, population_size / _FULL_RATE_POPULATION)
     # The log of 0 is -inf: no floor.
-    squares = blocks.group_means(tf.square(distance))
-    floor = tf.math.log(_SQUARED_DISTANCES * squares)
+    floor = tf.math.log(blocks.group_means(tf.square(distance)))
 
     def step(block: tf.Tensor) -> tf.Tensor:
         excess = tf.clip_by_value(block - floor, 0.0, _MOST_EXCESS)

@@ -151,7 +151,7 @@ def adapted_step(
         own = [g for g, i in enumerate(groups) if set(i) <= set(indices)]
         sizes = [len(groups[g]) for g in own]
         center = np.average(new_beta[own], weights=sizes)
-        floor = math.log(np.mean((new_mu - average)[indices] ** 2) / 2)
+        floor = math.log(np.mean((new_mu - average)[indices] ** 2))
         lean = 0.03 + 0.03 * min(5, max(0, center - floor))
         target = center - 2.0 * min(1, n / 128) * (c + lean)
         target = max(target, floor)
