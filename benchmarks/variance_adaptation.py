@@ -1,6 +1,7 @@
 """Does an adapted variance find its way from every initial sigma?
 
-Every variance structure of the search distribution, with its defaults, from
+Every variance structure of the search distribution, without a learning rate
+of its own (`keras_vo/adaptation.py`), from
 initial sigmas that are far too small, right, and far too large; beside it
 the same sigmas held fixed. Each run is a process of its own and one JSON
 line, with the largest gradient norm over its median and the range of sigma.
@@ -166,7 +167,7 @@ def run(variance, stddev, seed):
     x, x_test, y, y_test = data
     vo = keras_vo.VOOptimizer(
         search_distribution=keras_vo.GaussianSearchDistribution(
-            variance, stddev
+            variance, stddev, learning_rate=None
         ),
         seed=seed,
         **optimizer,

@@ -1,14 +1,14 @@
 """Shows norms of weights and gradient while sigma adapts, and when it is fixed.
 
-The source's two figures on adapting the variance: above by keras_vo's default
-rule; below as the source reports it, gradients that grow while most sigmas
-fall, where log sigma^2 descends its regular gradient with a learning rate of
+The source's two figures on adapting the variance: above by keras_vo's rule
+(`learning_rate=None`); below as the source reports it, gradients that grow
+while most sigmas fall, where log sigma^2 descends its regular gradient with a learning rate of
 its own. An MLP learns scikit-learn's digits by SGD with momentum. All searches
 have the same first weights, sigma, batches and first step of the weights.
 
 - By descent, sigma falls some tenfold, and the gradient the inner optimizer is
   handed grows as 1 / sigma: so do its steps, and with them the weights.
-- By default, sigma falls at first, then rises and falls with the distance of
+- By that rule, sigma falls at first, then rises and falls with the distance of
   the mean from where it lately was. The gradient stays about as it is when
   sigma is fixed: the noise of a population, or up to about sqrt(2) times it,
   which is what pairs of opposite losses make of it (bottom left).
@@ -76,7 +76,7 @@ class Arm(NamedTuple):
     Attributes:
         variance: of the search distribution.
         descent: whether log sigma^2 descends its regular gradient, and mu
-            too; else sigma adapts by default, and gradients are natural.
+            too; else sigma adapts by rule, and gradients are natural.
     """
 
     variance: str
@@ -340,7 +340,7 @@ def plot_power(axes, results):
         (True, DESCENT_COLOR, -1),
     ):
         scale = FLAGS.stddev**2 if descent else 1.0
-        label = "by descent" if descent else "by default, or fixed"
+        label = "by descent" if descent else "by rule, or fixed"
         axes.plot([], [], "o", ms=4, color=color, label=label)
         for arm, result in results.items():
             if arm.descent == descent:
@@ -377,7 +377,7 @@ def share_limits(group):
 
 
 def plot_all_norms(results, path):
-    """A column a variance: by default above, descent below."""
+    """A column a variance: by rule above, descent below."""
     columns = list(dict.fromkeys(["fixed", *(arm.variance for arm in results)]))
     figure, rows = plt.subplots(
         2,
@@ -405,7 +405,7 @@ def plot_all_norms(results, path):
 
 
 def plot_layers(results, path):
-    """A row a quantity, a line a layer; by default and by descent."""
+    """A row a quantity, a line a layer; by rule and by descent."""
     arms = [arm for arm in results if arm.variance == "layerwise"]
     figure, rows = plt.subplots(
         3, len(arms), figsize=(10, 9), layout="constrained", sharex=True
@@ -466,7 +466,7 @@ def check_flags():
 
 
 def chosen_arms():
-    """Each variance by default; those that adapt by descent, too."""
+    """Each variance by rule; those that adapt by descent, too."""
     return [
         Arm(variance, descent)
         for variance in FLAGS.variances

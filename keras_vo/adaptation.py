@@ -1,4 +1,4 @@
-"""How sigma adapts when its learning rate is left to the package.
+"""How sigma adapts when it has no learning rate of its own.
 
 The search gradient of a variance that many weights share is a weak signal:
 what a member's radius |z|^2 says of its loss is little beside the noise of a

@@ -33,12 +33,8 @@ class GaussianSearchDistribution:
     """How the variance of the Gaussian search distribution is shaped.
 
     The distribution over the weights is N(mu, diag sigma^2). What is stored
-    and learned is beta = log sigma^2. By default sigma follows the mean and
-    the search gradient, by the rule of `keras_vo/adaptation.py`, and the
-    natural gradient of the mean, if it is asked for, is scaled such that its
-    steps do not depend on sigma. It starts well from any `stddev`, and falls
-    with the learning rate of the mean. With a `learning_rate` of its own, beta
-    goes down its search gradient and nothing else is changed:
+    and learned is beta = log sigma^2, by plain gradient descent on the search
+    gradient of beta with a learning rate of its own:
 
         beta <- clip(beta - learning_rate * grad_beta)
 
@@ -47,12 +43,14 @@ class GaussianSearchDistribution:
             never changed (an evolution strategy). `"isotropic"`: all.
             `"layerwise"`: those of one layer. `"separable"`: none.
         stddev: initial standard deviation sigma, in units of the weights.
-        learning_rate: learning rate of beta; `None`: see above. A number is
-            for objectives of few weights, where the gradient of beta is
-            reliable: then sigma falls as far as the minimum asks for, and the
-            natural step of the mean with it. With natural gradients, centred
+        learning_rate: learning rate of beta. With natural gradients, centred
             ranks and a population that agrees, one step changes sigma by a
-            factor of about exp(learning_rate / 4) at most.
+            factor of about exp(learning_rate / 4) at most. `None`: sigma
+            follows the mean and the search gradient, by the rule of
+            `keras_vo/adaptation.py`, and the natural gradient of the mean, if
+            it is asked for, is scaled such that its steps do not depend on
+            sigma. That starts well from any `stddev` where the loss is
+            smooth, and falls with the learning rate of the mean.
         min_stddev: sigma never falls below this.
         max_stddev: sigma never rises above this.
 
@@ -66,7 +64,7 @@ class GaussianSearchDistribution:
         self,
         variance: str = "layerwise",
         stddev: float = 0.2,
-        learning_rate: float | None = None,
+        learning_rate: float | None = 0.1,
         min_stddev: float = 1e-6,
         max_stddev: float = 1e3,
     ) -> None:

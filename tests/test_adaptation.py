@@ -1,4 +1,4 @@
-"""Sigma that adapts by default: the rule, its signal, its state, its effect.
+"""Sigma without a learning rate: the rule, its signal, its state, its effect.
 
 tests/test_distribution.py has it on several replicas.
 """
@@ -38,7 +38,7 @@ def make(variance, *, inner=None, stddev=0.5, bounds=(1e-6, 1e3), **kwargs):
     return keras_vo.VOOptimizer(
         inner or keras.optimizers.SGD(0.125),
         search_distribution=keras_vo.GaussianSearchDistribution(
-            variance, stddev, min_stddev=bounds[0], max_stddev=bounds[1]
+            variance, stddev, None, *bounds
         ),
         **settings,
     )
@@ -350,7 +350,7 @@ def test_it_finds_its_way_from_a_sigma_that_is_far_too_small(variance):
     """
     model = models.make_model(
         optimizer=models.make_optimizer(
-            keras_vo.GaussianSearchDistribution(variance, stddev=0.001),
+            keras_vo.GaussianSearchDistribution(variance, 0.001, None),
             population_size=16,
             seed=1,
             inner_optimizer=keras.optimizers.Adam(

@@ -51,17 +51,14 @@ def test_unknown_distribution():
 
 def test_without_a_learning_rate_sigma_follows_the_mean():
     for variance in ("fixed", "isotropic", "layerwise", "separable"):
-        distribution = keras_vo.GaussianSearchDistribution(variance)
-        assert distribution.learning_rate is None
-        assert distribution.follows_mean == (variance != "fixed")
-        assert (
-            keras_vo.GaussianSearchDistribution.from_config(
-                distribution.get_config()
-            ).follows_mean
-            == distribution.follows_mean
+        own = keras_vo.GaussianSearchDistribution(variance)
+        assert own.learning_rate == 0.1 and not own.follows_mean
+        rule = keras_vo.GaussianSearchDistribution(variance, learning_rate=None)
+        assert rule.follows_mean == (variance != "fixed")
+        copy = keras_vo.GaussianSearchDistribution.from_config(
+            rule.get_config()
         )
-        own = keras_vo.GaussianSearchDistribution(variance, learning_rate=0.1)
-        assert not own.follows_mean
+        assert copy.follows_mean == rule.follows_mean
 
 
 def test_update_is_a_step_within_bounds():
