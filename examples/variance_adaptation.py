@@ -2,9 +2,10 @@
 
 The source's two figures on adapting the variance: above by keras_vo's rule
 (`learning_rate=None`); below as the source reports it, gradients that grow
-while most sigmas fall, where log sigma^2 descends its regular gradient with a learning rate of
-its own. An MLP learns scikit-learn's digits by SGD with momentum. All searches
-have the same first weights, sigma, batches and first step of the weights.
+while most sigmas fall, where log sigma^2 descends its regular gradient with a
+learning rate of its own. An MLP learns scikit-learn's digits by SGD with
+momentum. All searches have the same first weights, sigma, batches and first
+step of the weights.
 
 - By descent, sigma falls some tenfold, and the gradient the inner optimizer is
   handed grows as 1 / sigma: so do its steps, and with them the weights.
