@@ -106,7 +106,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
             finite losses [N] to utilities [N] (higher for a higher loss; of a
-            size that does not depend on that of the losses, if sigma adapts).
+            size that does not depend on that of the losses, if sigma adapts
+            without a learning rate of its own).
             For `LocalReparamDense` it is applied example by example, to the
             members that the example's replica evaluates.
         max_kl: bound, in nats, on the KL divergence between the search

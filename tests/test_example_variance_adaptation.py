@@ -217,7 +217,7 @@ def test_layer_sizes_are_those_of_the_model(short):
 def test_arms_differ_as_the_docstring_says(module, short):
     """Seeds 3 to 5 are all within these bounds.
 
-    They gave powers of -1.08 to -1.02 by descent and -.22 to -.02 by default,
+    They gave powers of -1.08 to -1.02 by descent and -.22 to -.02 by the rule,
     and weights of 9 to 130 times those of fixed sigma, or within 3 % of them.
     """
     found = {arm.name: result for arm, result in short.results.items()}
