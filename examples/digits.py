@@ -64,7 +64,7 @@ flags.DEFINE_float("stddev", _DISTRIBUTION.stddev, "Initial sigma.")
 flags.DEFINE_float(
     "variance_learning_rate",
     _DISTRIBUTION.learning_rate,
-    "Of log sigma^2; 0: sigma follows the mean.",
+    "Of log sigma^2.",
 )
 flags.DEFINE_float("min_stddev", _DISTRIBUTION.min_stddev, "Least sigma.")
 flags.DEFINE_float("max_stddev", _DISTRIBUTION.max_stddev, "Greatest sigma.")
@@ -119,7 +119,7 @@ def make_optimizer(steps):
         keras_vo.GaussianSearchDistribution(
             FLAGS.variance,
             stddev=FLAGS.stddev,
-            learning_rate=FLAGS.variance_learning_rate or None,
+            learning_rate=FLAGS.variance_learning_rate,
             min_stddev=FLAGS.min_stddev,
             max_stddev=FLAGS.max_stddev,
         ),

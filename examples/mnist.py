@@ -77,8 +77,8 @@ flags.DEFINE_enum(
 flags.DEFINE_float("stddev", 0.1, "Initial sigma.")
 flags.DEFINE_float(
     "variance_learning_rate",
-    0.0,
-    "Of log sigma^2, where it is not fixed; 0: sigma follows the mean.",
+    0.1,
+    "Of log sigma^2, where it is not fixed.",
 )
 flags.DEFINE_float("min_stddev", 1e-6, "Least sigma.")
 flags.DEFINE_enum(
@@ -186,7 +186,7 @@ def make_model(steps):
             keras_vo.GaussianSearchDistribution(
                 FLAGS.variance,
                 stddev=FLAGS.stddev,
-                learning_rate=FLAGS.variance_learning_rate or None,
+                learning_rate=FLAGS.variance_learning_rate,
                 min_stddev=FLAGS.min_stddev,
             ),
             fitness_shaping=FLAGS.fitness_shaping,

@@ -39,7 +39,7 @@ matplotlib.use("agg")
 
 FLAGS = flags.FLAGS
 VARIANCES = ("fixed", "isotropic", "layerwise")
-_BOUNDS = keras_vo.GaussianSearchDistribution()  # of sigma
+_DEFAULTS = keras_vo.GaussianSearchDistribution()
 
 flags.DEFINE_list("variances", list(VARIANCES), "Which weights share a sigma.")
 flags.DEFINE_float("stddev", 0.1, "First sigma.")
@@ -175,7 +175,8 @@ def make_optimizer(arm):
         keras_vo.GaussianSearchDistribution(
             arm.variance,
             FLAGS.stddev,
-            FLAGS.descent_rate if arm.descent else None,
+            FLAGS.descent_rate if arm.descent else _DEFAULTS.learning_rate,
+            follow_mean=not arm.descent,
         ),
         natural_gradient=not arm.descent,
         seed=FLAGS.seed,
@@ -447,7 +448,7 @@ def check(condition, expected, name):
 
 
 def check_flags():
-    least, greatest = _BOUNDS.min_stddev, _BOUNDS.max_stddev
+    least, greatest = _DEFAULTS.min_stddev, _DEFAULTS.max_stddev
     good = least <= FLAGS.stddev <= greatest
     check(good, f"--stddev in [{least:g}, {greatest:g}]", "stddev")
     for name in ("learning_rate", "descent_rate"):

@@ -1,38 +1,28 @@
-"""How sigma adapts when it has no learning rate of its own.
+"""What keeps the sigma of a network's layers within reason.
 
-The search gradient of a variance that many weights share is a weak signal:
-what a member's radius |z|^2 says of its loss is little beside the noise of a
-population, and at a minimum U = E[f] falls with sigma whatever sigma does to
-the search. So sigma takes its scale from what is known well, where the mean
-has lately been, and only its excess over that from the gradient. With beta_b
-the mean of beta = log sigma^2 over a block b of D weights (a layer; all
-weights if sigma is isotropic):
+The search gradient of a variance that many weights share is too weak to lead
+it: what a member's radius |z|^2 says of its loss is little beside the noise of
+a population of N, and the natural gradient divides that by sqrt(D) for the D
+weights of a layer. So where D > max(N, 100), sigma has two sources. One is a
+base s, that starts at sigma_0 and goes down the natural gradient. The other is
+where the mean has lately been: with the mean over the weights of layer b,
 
-    c_b    = dU/dbeta_b / (rms(u) sqrt(F_b))
-    phi_b  = log mean_b (mu' - m)^2
-    beta_b <- max(phi_b, beta_b - rate (c_b + .03 + .03 (beta_b - phi_b)))
+    phi_b   = log mean_b (mu' - m)^2
+    sigma_i = s_i exp(max(0, phi_b - mean_b log s^2) / 2)
     m      <- m + (mu' - m) / max(20, t / 2)
 
-c_b is the correlation of the utilities with the radius: the step in whitened
-coordinates, F^-1/2 dU/dbeta, in units of the utilities. F_b is D / 2 for noise
-of full rank, for others see `spaces`; the noise of c_b is 1 / sqrt(N) whatever
-D (less for noise that examples judge). What is added to it leans towards the
-floor phi, the more so the further sigma is above it (an excess beyond 5 counts
-as 5): without that the walk of a sigma that the losses do not restore has no
-home. Where all losses are equal sigma grows instead.
-
-The floor keeps where the mean has been within the search distribution: sigma
-is at least the root mean square distance of the mean from its own moving
-average m over the later part of the search's t updates. Steps that go one way
+Sigma is at least the root mean square distance of the mean from its own
+moving average m over the later part of the search's t updates, so that where
+the mean has been stays within the search distribution. Steps that go one way
 add up in it and steps that go to and fro cancel, as in the evolution paths of
-[1]; where the mean comes to rest, sigma falls. With natural gradients, sigma
-in turn has no say in the steps of the mean, see
-`estimators.whitened_mean_gradient`: there is no loop that could run away.
+[1]; where the mean comes to rest, sigma falls back to s. The steps of the mean
+take their size from s (`estimators.based_mean_gradient`): there is no loop
+that could run away.
 
-Where each weight has its own sigma, weights depart from their block by plain
-descent on the natural gradient,
-
-    beta_i <- beta_i - 0.03 (nat_i - mean_b nat) / rms(u).
+From above, the network's shape says what is too much: noise of sigma on the
+weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
+what comes in. Where sigma_0 is more than four times 1 / sqrt(fan in), s starts
+there instead.
 
 BUILD_NOTES.md, "Adapting the variance", has what else was tried.
 
@@ -49,31 +39,38 @@ import tensorflow as tf
 
 from keras_vo.layout import WeightLayout
 
-__all__ = ["adapted_log_variance", "averaged_mean", "correlation"]
+__all__ = ["averaged_mean", "blind_growth", "follows", "initial", "lifted"]
 
-_RATE = 2.0
-_FULL_RATE_POPULATION = 128
-_PULL = 0.03
-_MOST_EXCESS = 5.0
-_DEVIATION_RATE = 0.03
+_FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
+_MOST_NOISE = 4.0
+_BLIND_RATE = 0.06
 
 
-def correlation(
-    scaled_gradient: tf.Tensor, fisher: tf.Tensor, utility: tf.Tensor
-) -> tf.Tensor:
-    """c_b = (dU/dbeta_b / rms(u)) / sqrt(F_b); 0 where F is 0.
+def follows(blocks: WeightLayout, population_size: int) -> list[bool]:
+    """Whether sigma follows the mean, for each block: where D > max(N, 100).
 
-    Where all members have the same loss there is none: NaN.
-
-    Args:
-        scaled_gradient: dU/dbeta over the root mean square of the utilities,
-            [blocks].
-        fisher: Fisher information of a block's common log variance, alike.
-        utility: 0 where all utilities are 0, alike.
+    The gradient of a variance that few weights share can be trusted.
     """
-    c = tf.math.divide_no_nan(scaled_gradient, tf.sqrt(fisher))
-    return tf.where(utility > 0, c, tf.constant(math.nan, c.dtype))
+    few = max(population_size, _FEW_WEIGHTS)
+    return [size > few for size in blocks.group_sizes]
+
+
+def initial(stddev: float, blocks: WeightLayout) -> float:
+    """Where s starts: sigma_0, or 1 / sqrt(fan in) if that is far less.
+
+    The latter is a root mean square over all weights in tensors of two axes
+    or more, of which the last is that of the units.
+    """
+    units = weights = 0
+    for shape in blocks.shapes:
+        if len(shape) > 1:
+            units += shape[-1]  # size / fan in
+            weights += math.prod(shape)
+    if not weights:
+        return stddev
+    scale = math.sqrt(units / weights)
+    return scale if stddev > _MOST_NOISE * scale else stddev
 
 
 def averaged_mean(
@@ -90,44 +87,43 @@ def averaged_mean(
     return average + (mean - average) / horizon
 
 
-def adapted_log_variance(
-    log_variance: tf.Tensor,
-    scaled_gradient: tf.Tensor,
-    correlations: tf.Tensor,
-    distance: tf.Tensor,
-    population_size: int,
-    layout: WeightLayout,
-    blocks: WeightLayout,
-) -> tf.Tensor:
-    """beta after one step, without bounds.
+def blind_growth(log_variance: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+    """log s^2 grows by .06 where all losses are equal, else as it is.
+
+    Then the gradient of the mean is exactly zero: sigma is too small to see a
+    step of the loss.
 
     Args:
-        log_variance: beta, [groups] of `layout`.
-        scaled_gradient: dU/dbeta over the root mean square of the utilities,
-            alike; read only where each weight has its own.
-        correlations: c, [blocks]. Where it is NaN all losses are equal: sigma
-            is too small to see a step of them, and grows by rate * .03.
+        log_variance: log s^2, [groups].
+        gradient: dU/dmu, [d].
+    """
+    blind = tf.reduce_all(tf.equal(gradient, 0))
+    return tf.where(blind, log_variance + _BLIND_RATE, log_variance)
+
+
+def lifted(
+    base: tf.Tensor,
+    distance: tf.Tensor,
+    layout: WeightLayout,
+    blocks: WeightLayout,
+    population_size: int,
+) -> tf.Tensor:
+    """beta = log sigma^2 from log s^2, without bounds.
+
+    Args:
+        base: log s^2, [groups] of `layout`.
         distance: mu' - m, [d].
-        population_size: N. Below 128 members c has more noise, and `rate` is
-            smaller in proportion to N.
         layout: which weights share a variance.
         blocks: which weights belong to a block, each a union of groups.
+        population_size: N, see `follows`.
     """
-    rate = _RATE * min(1.0, population_size / _FULL_RATE_POPULATION)
     # The log of 0 is -inf: no floor.
     floor = tf.math.log(blocks.group_means(tf.square(distance)))
-
-    def step(block: tf.Tensor) -> tf.Tensor:
-        excess = tf.clip_by_value(block - floor, 0.0, _MOST_EXCESS)
-        change = correlations + _PULL * (1.0 + excess)
-        blind = tf.constant(-_PULL, block.dtype)
-        change = tf.where(tf.math.is_nan(correlations), blind, change)
-        return tf.maximum(block - rate * change, floor)
-
-    if layout.groups is not None:  # groups are the blocks
-        return step(log_variance)
-    block = blocks.group_means(log_variance)
-    natural = 2.0 * scaled_gradient  # F = 1/2 for each weight
-    deviation = natural - blocks.expand(blocks.group_means(natural))
-    change = blocks.expand(step(block) - block)
-    return log_variance - _DEVIATION_RATE * deviation + change
+    shared = layout.groups is not None  # groups are the blocks
+    block = base if shared else blocks.group_means(base)
+    lift = tf.where(
+        follows(blocks, population_size),
+        tf.nn.relu(floor - block),
+        tf.zeros_like(block),
+    )
+    return base + (lift if shared else blocks.expand(lift))

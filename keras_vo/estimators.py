@@ -23,6 +23,7 @@ import tensorflow as tf
 from keras_vo.layout import WeightLayout
 
 __all__ = [
+    "based_mean_gradient",
     "log_variance_gradient",
     "mean_gradient",
     "natural_log_variance_gradient",
@@ -30,7 +31,6 @@ __all__ = [
     "pair_utilities",
     "weighted_excess",
     "weighted_noise",
-    "whitened_mean_gradient",
 ]
 
 
@@ -92,28 +92,26 @@ def natural_mean_gradient(gradient: tf.Tensor, stddev: tf.Tensor) -> tf.Tensor:
     return tf.square(stddev) * gradient
 
 
-def whitened_mean_gradient(
+def based_mean_gradient(
     gradient: tf.Tensor,
     stddev: tf.Tensor,
-    initial_stddev: float,
+    base: tf.Tensor,
     loss_scaled: bool,
 ) -> tf.Tensor:
-    """dU/dmu times what makes its size independent of sigma.
+    """The natural gradient of mu that a population of stddev s would give.
 
-    At sigma = sigma_0 it is the natural gradient. Where utilities have a
-    scale of their own (ranks), it is sigma_0 sigma dU/dmu = sigma_0 F^-1/2
-    dU/dmu, in which sigma cancels; where they have that of the losses, they
-    grow with sigma themselves, and it is sigma_0^2 dU/dmu.
+    It is F^-1 dU/dmu if sigma is s. Else it is what that would be, were the
+    utilities those that s gives: where they have a scale of their own (ranks),
+    s sigma dU/dmu, in which sigma cancels; where they have that of the losses,
+    they grow with sigma themselves, and it is s^2 dU/dmu.
 
     Args:
         gradient: dU/dmu [d].
         stddev: sigma, broadcasts against it.
-        initial_stddev: sigma_0.
+        base: s, alike.
         loss_scaled: whether utilities have the scale of the losses.
     """
-    if loss_scaled:
-        return initial_stddev**2 * gradient
-    return initial_stddev * stddev * gradient
+    return base * (base if loss_scaled else stddev) * gradient
 
 
 def natural_log_variance_gradient(

@@ -231,23 +231,16 @@ class VOOptimizer(keras.optimizers.Optimizer):
             dtype="int64",
             name="seed",
         )
-        self._log_variance = self.add_variable(
-            (len(self._layout.group_sizes),),
-            dtype=self._layout.dtype.name,
-            name="log_variance",
+        follows = self.search_distribution.follow_mean and any(
+            adaptation.follows(self._blocks, self.population_size)
         )
-        # By assignment: an initializer's constant passes through float32.
-        self._log_variance.assign(
-            tf.fill(
-                self._log_variance.shape,
-                tf.constant(
-                    2.0 * math.log(self.search_distribution.stddev),
-                    self._layout.dtype,
-                ),
-            )
-        )
-        self._averaged_mean = None
-        if self.search_distribution.follows_mean:
+        stddev = self.search_distribution.stddev
+        if follows:
+            stddev = adaptation.initial(stddev, self._blocks)
+        self._log_variance = self._beta_variable("log_variance", stddev)
+        self._base = self._averaged_mean = None
+        if follows:
+            self._base = self._beta_variable("base_log_variance", stddev)
             self._averaged_mean = self.add_variable(
                 (self._layout.size,),
                 dtype=self._layout.dtype.name,
@@ -257,6 +250,19 @@ class VOOptimizer(keras.optimizers.Optimizer):
         super().build(variables)
         if self.observer is not None:
             self.observer.build(self._layout, *self._layers)
+
+    def _beta_variable(self, name: str, stddev: float) -> Any:
+        """A log variance of each group, at first that of `stddev`."""
+        variable = self.add_variable(
+            (len(self._layout.group_sizes),),
+            dtype=self._layout.dtype.name,
+            name=name,
+        )
+        beta = tf.constant(2.0 * math.log(stddev), self._layout.dtype)
+        beta = self.search_distribution.bounded(beta)
+        # By assignment: an initializer's constant passes through float32.
+        variable.assign(tf.fill(variable.shape, beta))
+        return variable
 
     def observe(self, observer: StepObserver | None) -> None:
         """Lets `observer` see each step whose graph is made from now on.
@@ -397,7 +403,6 @@ class VOOptimizer(keras.optimizers.Optimizer):
         recording = recording or Recording(variables)
         spaces = SearchSpaces(
             layout,
-            self._blocks,
             variables,
             log_variance,
             recording,
@@ -603,8 +608,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
             return
         changed = [*variables, *self.inner_optimizer.variables]
         changed.append(self._log_variance)
-        if self._averaged_mean is not None:
-            changed.append(self._averaged_mean)
+        if self._base is not None:
+            changed += [self._base, self._averaged_mean]
         before = [tf.identity(v) for v in changed]
         self._update(variables, *step)
         for variable, value in zip(changed, before, strict=True):
@@ -617,11 +622,8 @@ class VOOptimizer(keras.optimizers.Optimizer):
         if not self.natural_gradient:
             return gradient
         stddev = self._stddev(log_variance)
-        mean = self._preconditioned_mean(gradient.mean, stddev)
-        if self._averaged_mean is not None:
-            return gradient._replace(mean=mean)
         return gradient._replace(
-            mean=mean,
+            mean=self._preconditioned_mean(gradient.mean, stddev),
             log_variance=estimators.natural_log_variance_gradient(
                 gradient.log_variance, gradient.fisher
             ),
@@ -637,12 +639,12 @@ class VOOptimizer(keras.optimizers.Optimizer):
         """
         if not self.natural_gradient:
             return gradient
-        if self._averaged_mean is None:
+        if self._base is None:
             return estimators.natural_mean_gradient(gradient, stddev)
-        return estimators.whitened_mean_gradient(
+        return estimators.based_mean_gradient(
             gradient,
             stddev,
-            self.search_distribution.stddev,
+            self._stddev(tf.convert_to_tensor(self._base)),
             self.fitness_shaping == "identity",
         )
 
@@ -661,9 +663,10 @@ class VOOptimizer(keras.optimizers.Optimizer):
         gradient: SearchGradient,
     ) -> None:
         """Steps mu by the inner optimizer, and beta."""
-        layout = self._layout
-        average = mean
-        if self._averaged_mean is not None:
+        layout, follows = self._layout, self._base is not None
+        base, average = log_variance, mean
+        if follows:
+            base = tf.convert_to_tensor(self._base)
             # Before the first step weights may have been loaded.
             average = tf.where(
                 tf.equal(tf.convert_to_tensor(self.iterations), 0),
@@ -672,9 +675,17 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
         self.inner_optimizer.apply(layout.unflatten(gradient.mean), variables)
         new_mean = layout.flatten(variables)
-        proposal = self._proposed_log_variance(
-            log_variance, gradient, new_mean - average
-        )
+        new_base = proposal = self._proposed_base(base, gradient)
+        if follows:
+            proposal = self.search_distribution.bounded(
+                adaptation.lifted(
+                    new_base,
+                    new_mean - average,
+                    layout,
+                    self._blocks,
+                    self.population_size,
+                )
+            )
         if self.max_kl is not None:
             change, log_change = new_mean - mean, proposal - log_variance
             share = distribution_lib.share_within(
@@ -682,40 +693,27 @@ class VOOptimizer(keras.optimizers.Optimizer):
             )
             new_mean = mean + share * change
             proposal = log_variance + share * log_change
+            new_base = base + share * (new_base - base)
             shrunk = layout.unflatten(new_mean)
             for variable, value in zip(variables, shrunk, strict=True):
                 self.assign(variable, tf.where(share < 1, value, variable))
         self.assign(self._log_variance, proposal)
-        if self._averaged_mean is not None:
+        if follows:
+            self.assign(self._base, new_base)
             average = adaptation.averaged_mean(
                 average, new_mean, tf.convert_to_tensor(self.iterations)
             )
             self.assign(self._averaged_mean, average)
 
-    def _proposed_log_variance(
-        self,
-        log_variance: tf.Tensor,
-        gradient: SearchGradient,
-        distance: tf.Tensor,
+    def _proposed_base(
+        self, base: tf.Tensor, gradient: SearchGradient
     ) -> tf.Tensor:
-        """Where beta goes, unless `max_kl` forbids it."""
+        """Where the gradient takes beta, unless `max_kl` forbids it."""
         if not self.search_distribution.adapts:
-            return log_variance
-        if self._averaged_mean is None:
-            return self.search_distribution.update(
-                log_variance, gradient.log_variance
-            )
-        return self.search_distribution.bounded(
-            adaptation.adapted_log_variance(
-                log_variance,
-                gradient.scaled_log_variance,
-                gradient.correlations,
-                distance,
-                self.population_size,
-                self._layout,
-                self._blocks,
-            )
-        )
+            return base
+        if self._base is not None:
+            base = adaptation.blind_growth(base, gradient.mean)
+        return self.search_distribution.update(base, gradient.log_variance)
 
     # --- checks ---
 

@@ -45,14 +45,16 @@ class GaussianSearchDistribution:
         stddev: initial standard deviation sigma, in units of the weights.
         learning_rate: learning rate of beta. With natural gradients, centred
             ranks and a population that agrees, one step changes sigma by a
-            factor of about exp(learning_rate / 4) at most. `None`: sigma
-            follows the mean and the search gradient, by the rule of
-            `keras_vo/adaptation.py`, and the natural gradient of the mean, if
-            it is asked for, is scaled such that its steps do not depend on
-            sigma. That starts well from any `stddev` where the loss is
-            smooth, and falls with the learning rate of the mean.
+            factor of about exp(learning_rate / 4) at most.
         min_stddev: sigma never falls below this.
         max_stddev: sigma never rises above this.
+        follow_mean: whether sigma follows the mean where it is learned and a
+            layer (with `"isotropic"`, all) has more weights than the
+            population has members, and more than 100. It is then at least the
+            root mean square distance of the mean from where it has lately
+            been, and starts at 1 / sqrt(fan in) if `stddev` is more than four
+            times that: see `keras_vo/adaptation.py`. The search then starts
+            well from any `stddev`.
 
     Raises:
         ValueError: an unknown `variance`; a standard deviation or learning
@@ -64,9 +66,10 @@ class GaussianSearchDistribution:
         self,
         variance: str = "layerwise",
         stddev: float = 0.2,
-        learning_rate: float | None = 0.1,
+        learning_rate: float = 0.1,
         min_stddev: float = 1e-6,
         max_stddev: float = 1e3,
+        follow_mean: bool = True,
     ) -> None:
         if variance not in _VARIANCES:
             raise ValueError(
@@ -75,7 +78,7 @@ class GaussianSearchDistribution:
             )
         for name, value in (
             ("stddev", stddev),
-            ("learning_rate", 1.0 if learning_rate is None else learning_rate),
+            ("learning_rate", learning_rate),
             ("min_stddev", min_stddev),
             ("max_stddev", max_stddev),
         ):
@@ -96,21 +99,15 @@ class GaussianSearchDistribution:
             )
         self.variance = variance
         self.stddev = float(stddev)
-        self.learning_rate = (
-            None if learning_rate is None else float(learning_rate)
-        )
+        self.learning_rate = float(learning_rate)
         self.min_stddev = float(min_stddev)
         self.max_stddev = float(max_stddev)
+        self.follow_mean = bool(follow_mean) and self.adapts
 
     @property
     def adapts(self) -> bool:
         """Whether the variance is learned."""
         return self.variance != "fixed"
-
-    @property
-    def follows_mean(self) -> bool:
-        """Whether it is learned by the rule of `keras_vo/adaptation.py`."""
-        return self.adapts and self.learning_rate is None
 
     def layout(self, variables: Sequence[Any]) -> WeightLayout:
         """The layout of `variables`, grouped as this distribution wants."""
@@ -158,6 +155,7 @@ class GaussianSearchDistribution:
             "learning_rate": self.learning_rate,
             "min_stddev": self.min_stddev,
             "max_stddev": self.max_stddev,
+            "follow_mean": self.follow_mean,
         }
 
     @classmethod

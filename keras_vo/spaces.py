@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_vo import adaptation, estimators
+from keras_vo import estimators
 from keras_vo.chunks import Draws, NoiseSource
 from keras_vo.distribution import Replicas
 from keras_vo.evaluation import Outcome, Population, reduce_noise
@@ -38,16 +38,12 @@ __all__ = ["SearchGradient", "SearchSpaces"]
 
 
 class SearchGradient(NamedTuple):
-    """The gradient of U, and what its size is compared with.
+    """The gradient of U, and the metric of its space.
 
     Attributes:
         mean: dU/dmu [d].
         log_variance: dU/dbeta [groups]; 0 if sigma is fixed.
         fisher: Fisher information of beta, alike.
-        scaled_log_variance: dU/dbeta over the root mean square of the
-            utilities, alike.
-        correlations: of the utilities with the radius of each block's noise,
-            [blocks]; see `adaptation`. 0 if sigma is fixed.
         squares: sum of the squared norms of the draws' terms of `mean`, as
             the inner optimizer gets it; `None` if it is not measured.
     """
@@ -55,8 +51,6 @@ class SearchGradient(NamedTuple):
     mean: tf.Tensor
     log_variance: tf.Tensor
     fisher: tf.Tensor
-    scaled_log_variance: tf.Tensor
-    correlations: tf.Tensor
     squares: tf.Tensor | None = None
 
 
@@ -70,14 +64,12 @@ class _Gradient(NamedTuple):
             variance; `None` where it is fixed.
         fisher: Fisher information of the log variance common to its weights,
             under what is judged at once: a member, or a member's example.
-        utility: root mean square of the utilities in the gradient.
     """
 
     variable: int
     mean: tf.Tensor
     log_variance: tf.Tensor | None
     fisher: Any
-    utility: tf.Tensor
 
 
 class SearchSpaces:
@@ -85,7 +77,6 @@ class SearchSpaces:
 
     Args:
         layout: of all variables.
-        blocks: the same, by which weights adapt as a whole.
         variables: the variables, mu.
         log_variance: beta, [groups] of the layout.
         recording: what layers have recorded in the mean network's pass.
@@ -102,7 +93,6 @@ class SearchSpaces:
     def __init__(
         self,
         layout: WeightLayout,
-        blocks: WeightLayout,
         variables: Sequence[Any],
         log_variance: tf.Tensor,
         recording: Recording,
@@ -111,7 +101,6 @@ class SearchSpaces:
     ) -> None:
         self._layout = layout
         self._probe = probe
-        self._blocks = blocks
         self._recording = recording
         self._adapts = adapts
         self.means = [tf.convert_to_tensor(v) for v in variables]
@@ -267,7 +256,7 @@ class SearchSpaces:
         ]
         counts: list[tf.Tensor] = []
         for by_example in example_utilities:
-            counts += self._example_counts(by_example, scale, share.counts)
+            counts += self._example_counts(by_example, share.counts)
         if self._probe is not None and own:
             own.append(self._probe.ids(share.draws, share.start, share.size))
         if whole is None:
@@ -285,15 +274,14 @@ class SearchSpaces:
         return gradient._replace(squares=squares)
 
     def _example_counts(
-        self, utilities: tf.Tensor, scale: float, counts: bool
+        self, utilities: tf.Tensor, counts: bool
     ) -> list[tf.Tensor]:
-        """Sums over examples: of 1, of squared utilities, and of the Fisher
-        information of each call whose activations are perturbed.
+        """Sums over examples: of 1, and of the Fisher information of each call
+        whose activations are perturbed.
         """
         examples = tf.cast(tf.shape(utilities)[1], utilities.dtype)
         return [
             counts * examples,
-            scale * tf.reduce_sum(tf.square(utilities)),
             *(counts * noise.fisher for _, noise in self._local),
         ]
 
@@ -427,7 +415,6 @@ class SearchSpaces:
     ) -> Iterator[_Gradient]:
         """The gradients of single variables from the sums, in their order."""
         size = utilities.shape[0]
-        utility = tf.sqrt(tf.reduce_mean(tf.square(utilities)))
 
         def log_variance() -> tf.Tensor | None:
             if not self._adapts:
@@ -443,63 +430,42 @@ class SearchSpaces:
             betas = self._full_layout.per_tensor(by_weight)
         for i, mean, beta in zip(self._full, means, betas, strict=True):
             fisher = 0.5 * self._layout.sizes[i]
-            yield _Gradient(i, mean, beta, fisher, utility)
+            yield _Gradient(i, mean, beta, fisher)
         for i, noise in self._low_rank.items():
             stddev = tf.sqrt(self._variances[i])
             mean = estimators.mean_gradient(next(totals), stddev, size)
-            yield _Gradient(i, mean, log_variance(), noise.fisher, utility)
+            yield _Gradient(i, mean, log_variance(), noise.fisher)
         if not self._local:
             return
         scale = tf.math.reciprocal_no_nan(counts[0])
-        utility = tf.sqrt(scale * counts[1])
-        for (weights, _), fisher in zip(self._local, counts[2:], strict=True):
+        for (weights, _), fisher in zip(self._local, counts[1:], strict=True):
             for i in weights:
                 mean = scale * next(totals)
                 beta = scale * next(totals) if self._adapts else None
                 # Kernel and bias perturb the same activations.
                 share = scale * fisher / len(weights)
-                yield _Gradient(i, mean, beta, share, utility)
+                yield _Gradient(i, mean, beta, share)
 
     def _collect(self, gradients: Iterable[_Gradient]) -> SearchGradient:
-        """Sums the gradients by variable, then by group and block."""
+        """Sums the gradients by variable, then by group."""
         means: list[list[tf.Tensor]] = [[] for _ in self.means]
         betas: list[list[tf.Tensor]] = [[] for _ in self.means]
-        scaled: list[list[tf.Tensor]] = [[] for _ in self.means]
         fishers: list[list[tf.Tensor]] = [[] for _ in self.means]
-        utilities: list[list[tf.Tensor]] = [[] for _ in self.means]
         dtype = self._layout.dtype
-        for i, mean, beta, fisher, utility in gradients:
+        for i, mean, beta, fisher in gradients:
             means[i].append(tf.reshape(mean, [-1]))
             fishers[i].append(tf.cast(fisher, dtype))
-            utilities[i].append(utility)
             if beta is not None:
                 betas[i].append(beta)
-                scaled[i].append(tf.math.divide_no_nan(beta, utility))
         mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
-        by_block = self._blocks.by_group([tf.add_n(f) for f in fishers])
-        by_group = by_block
         if self._layout.groups is None:
-            by_group = tf.fill([self._layout.size], tf.constant(0.5, dtype))
-        if not self._adapts:
-            return SearchGradient(
-                mean_gradient,
-                tf.zeros_like(by_group),
-                by_group,
-                tf.zeros_like(by_group),
-                tf.zeros_like(by_block),
-            )
-        by_variable = [tf.add_n(s) for s in scaled]
-        return SearchGradient(
-            mean_gradient,
-            self._layout.by_group([tf.add_n(b) for b in betas]),
-            by_group,
-            self._layout.by_group(by_variable),
-            adaptation.correlation(
-                self._blocks.by_group([tf.reduce_sum(s) for s in by_variable]),
-                by_block,
-                self._blocks.by_group([tf.add_n(u) for u in utilities]),
-            ),
-        )
+            fisher = tf.fill([self._layout.size], tf.constant(0.5, dtype))
+        else:
+            fisher = self._layout.by_group([tf.add_n(f) for f in fishers])
+        beta_gradient = tf.zeros_like(fisher)
+        if self._adapts:
+            beta_gradient = self._layout.by_group([tf.add_n(b) for b in betas])
+        return SearchGradient(mean_gradient, beta_gradient, fisher)
 
     def _noise_sizes(self) -> list[int]:
         low_rank = [noise.size for noise in self._low_rank.values()]

@@ -114,60 +114,50 @@ def search_step(
     return mu - rate * grad_mu, beta - beta_rate * grad_beta
 
 
-def adapted_step(
+def following_step(
     f,
     mu,
+    base,
     beta,
     average,
     noise,
     groups,
     blocks,
     *,
+    few,
     shaping="centered_rank",
     antithetic=True,
     rate=1.0,
-    initial_stddev=0.5,
 ):
-    """One step of the default adaptation; plain descent on mu."""
-    sigma = np.empty(len(mu))
-    for value, indices in zip(beta, groups, strict=True):
-        sigma[list(indices)] = math.exp(value / 2)
+    """One step where sigma follows the mean; plain descent on mu and beta.
+
+    Blocks of at most `few` weights do not.
+    """
     z = members(noise, antithetic)
-    n = len(z)
+    sigma, size = np.empty(len(mu)), np.empty(len(mu))
+    for g, indices in enumerate(groups):
+        sigma[indices] = math.exp(beta[g] / 2)
+        size[indices] = math.exp(base[g] / 2)
     losses = np.array([f(mu + sigma * row) for row in z])
     if shaping == "identity":
         utilities = identity(losses, antithetic)
+        # As if the slope that members show were one over a noise of size s.
+        step = size**2 / sigma * (utilities @ z) / len(z)
     else:
         utilities = SHAPINGS[shaping](losses)
-    size = sigma if shaping == "identity" else initial_stddev
-    new_mu = mu - rate * initial_stddev**2 / size * (utilities @ z) / n
-    spread = math.sqrt(np.mean(utilities**2))
-    new_beta = np.array(beta, float)
-    for indices in map(list, blocks):
-        d = len(indices)
-        radius = (z[:, indices] ** 2).sum(axis=1) - d
-        # The score of a common log variance is radius / 2, of variance D / 2.
-        c = np.mean(utilities * radius / 2) / (spread * math.sqrt(d / 2))
-        own = [g for g, i in enumerate(groups) if set(i) <= set(indices)]
+        step = size * (utilities @ z) / len(z)
+    mu = mu - rate * step
+    _, natural = gradients(z, utilities, sigma, groups, True)
+    base = base - 0.1 * natural
+    beta = base.copy()
+    for indices in blocks:
+        own = [g for g, some in enumerate(groups) if set(some) <= set(indices)]
         sizes = [len(groups[g]) for g in own]
-        center = np.average(new_beta[own], weights=sizes)
-        floor = math.log(np.mean((new_mu - average)[indices] ** 2))
-        lean = 0.03 + 0.03 * min(5, max(0, center - floor))
-        target = center - 2.0 * min(1, n / 128) * (c + lean)
-        target = max(target, floor)
-        natural = np.array(
-            [
-                utilities
-                @ (z[:, list(groups[g])] ** 2 - 1).sum(axis=1)
-                / n
-                / len(groups[g])
-                / spread
-                for g in own
-            ]
-        )
-        natural -= np.average(natural, weights=sizes)
-        new_beta[own] += target - center - 0.03 * natural
-    return new_mu, new_beta
+        lift = math.log(np.mean((mu - average)[indices] ** 2))
+        lift -= np.average(base[own], weights=sizes)
+        if len(indices) > few and lift > 0:
+            beta[own] += lift
+    return mu, base, beta
 
 
 def local_reparameterization(

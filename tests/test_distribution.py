@@ -120,9 +120,7 @@ def test_one_two_and_three_replicas(
     """
     arguments = {
         "population_size": 10,
-        "search_distribution": keras_vo.GaussianSearchDistribution(
-            variance, learning_rate=None
-        ),
+        "search_distribution": variance,
         "antithetic": antithetic,
         "fitness_shaping": shaping,
         "natural_gradient": natural,

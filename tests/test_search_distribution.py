@@ -49,16 +49,17 @@ def test_unknown_distribution():
         search_distribution.get("round")
 
 
-def test_without_a_learning_rate_sigma_follows_the_mean():
+def test_what_is_fixed_follows_nothing():
     for variance in ("fixed", "isotropic", "layerwise", "separable"):
         own = keras_vo.GaussianSearchDistribution(variance)
-        assert own.learning_rate == 0.1 and not own.follows_mean
-        rule = keras_vo.GaussianSearchDistribution(variance, learning_rate=None)
-        assert rule.follows_mean == (variance != "fixed")
-        copy = keras_vo.GaussianSearchDistribution.from_config(
-            rule.get_config()
-        )
-        assert copy.follows_mean == rule.follows_mean
+        assert own.follow_mean == (variance != "fixed")
+        other = keras_vo.GaussianSearchDistribution(variance, follow_mean=False)
+        assert not other.follow_mean
+        for one in (own, other):
+            copy = keras_vo.GaussianSearchDistribution.from_config(
+                one.get_config()
+            )
+            assert copy.get_config() == one.get_config()
 
 
 def test_update_is_a_step_within_bounds():
