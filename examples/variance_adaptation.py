@@ -1,18 +1,18 @@
 """Shows norms of weights and gradient while sigma adapts, and when it is fixed.
 
-The source's two figures on adapting the variance: above by keras_vo's rule
-(`learning_rate=None`); below as the source reports it, gradients that grow
-while most sigmas fall, where log sigma^2 descends its regular gradient with a
-learning rate of its own. An MLP learns scikit-learn's digits by SGD with
-momentum. All searches have the same first weights, sigma, batches and first
-step of the weights.
+The source's two figures on adapting the variance: above as keras_vo adapts
+sigma by default; below as the source reports it, gradients that grow while
+most sigmas fall, where log sigma^2 descends its regular gradient. An MLP
+learns scikit-learn's digits by SGD with momentum. All searches have the same
+first weights, sigma, batches and first step of the weights.
 
 - By descent, sigma falls some tenfold, and the gradient the inner optimizer is
   handed grows as 1 / sigma: so do its steps, and with them the weights.
-- By that rule, sigma falls at first, then rises and falls with the distance of
-  the mean from where it lately was. The gradient stays about as it is when
-  sigma is fixed: the noise of a population, or up to about sqrt(2) times it,
-  which is what pairs of opposite losses make of it (bottom left).
+- By default, sigma goes down the natural gradient, which moves it by percents,
+  and is raised where the mean moves further than it (try --stddev 0.01). The
+  gradient stays about as it is when sigma is fixed: the noise of a population,
+  or up to about sqrt(2) times it, which is what pairs of opposite losses make
+  of it (bottom left).
 
     python examples/variance_adaptation.py --stddev 0.05 --seed 1
 """
