@@ -54,6 +54,7 @@ ROWS = {
         f"variance={v}": ({}, {"variance": v}, None)
         for v in ("fixed", "isotropic", "separable")
     },
+    "follow_mean=False": ({}, {"follow_mean": False}, None),
     **{
         f"variance learning rate {rate}": ({}, {"learning_rate": rate}, None)
         for rate in (0.03, 0.1, 0.3, 1.0)

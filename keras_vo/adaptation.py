@@ -21,8 +21,8 @@ that could run away.
 
 From above, the network's shape says what is too much: noise of sigma on the
 weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
-what comes in. Where sigma_0 is more than four times 1 / sqrt(fan in), s starts
-there instead.
+what comes in. So the mean raises sigma to twice 1 / sqrt(fan in) at most, and
+where sigma_0 is more than four times that, s starts at 1 / sqrt(fan in).
 
 BUILD_NOTES.md, "Adapting the variance", has what else was tried.
 
@@ -39,11 +39,18 @@ import tensorflow as tf
 
 from keras_vo.layout import WeightLayout
 
-__all__ = ["averaged_mean", "blind_growth", "follows", "initial", "lifted"]
+__all__ = [
+    "averaged_mean",
+    "blind_growth",
+    "follows",
+    "initial",
+    "lifted",
+    "noise_scale",
+]
 
 _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
-_MOST_NOISE = 4.0
+_MOST_LIFTED, _MOST_NOISE = 2.0, 4.0
 _BLIND_RATE = 0.06
 
 
@@ -56,20 +63,23 @@ def follows(blocks: WeightLayout, population_size: int) -> list[bool]:
     return [size > few for size in blocks.group_sizes]
 
 
-def initial(stddev: float, blocks: WeightLayout) -> float:
-    """Where s starts: sigma_0, or 1 / sqrt(fan in) if that is far less.
+def noise_scale(blocks: WeightLayout) -> float:
+    """1 / sqrt(fan in), the sigma that makes as much noise as what comes in.
 
-    The latter is a root mean square over all weights in tensors of two axes
-    or more, of which the last is that of the units.
+    A root mean square over all weights in tensors of two axes or more, of
+    which the last is that of the units; infinite if there are none.
     """
     units = weights = 0
     for shape in blocks.shapes:
         if len(shape) > 1:
             units += shape[-1]  # size / fan in
             weights += math.prod(shape)
-    if not weights:
-        return stddev
-    scale = math.sqrt(units / weights)
+    return math.sqrt(units / weights) if weights else math.inf
+
+
+def initial(stddev: float, blocks: WeightLayout) -> float:
+    """Where s starts: sigma_0, or 1 / sqrt(fan in) if that is far less."""
+    scale = noise_scale(blocks)
     return scale if stddev > _MOST_NOISE * scale else stddev
 
 
@@ -117,8 +127,10 @@ def lifted(
         blocks: which weights belong to a block, each a union of groups.
         population_size: N, see `follows`.
     """
+    squares = blocks.group_means(tf.square(distance))
+    most = (_MOST_LIFTED * noise_scale(blocks)) ** 2
     # The log of 0 is -inf: no floor.
-    floor = tf.math.log(blocks.group_means(tf.square(distance)))
+    floor = tf.math.log(tf.minimum(squares, tf.constant(most, squares.dtype)))
     shared = layout.groups is not None  # groups are the blocks
     block = base if shared else blocks.group_means(base)
     lift = tf.where(

@@ -125,13 +125,14 @@ def following_step(
     blocks,
     *,
     few,
+    most,
     shaping="centered_rank",
     antithetic=True,
     rate=1.0,
 ):
     """One step where sigma follows the mean; plain descent on mu and beta.
 
-    Blocks of at most `few` weights do not.
+    Blocks of at most `few` weights do not; others are raised to `most`.
     """
     z = members(noise, antithetic)
     sigma, size = np.empty(len(mu)), np.empty(len(mu))
@@ -153,8 +154,8 @@ def following_step(
     for indices in blocks:
         own = [g for g, some in enumerate(groups) if set(some) <= set(indices)]
         sizes = [len(groups[g]) for g in own]
-        lift = math.log(np.mean((mu - average)[indices] ** 2))
-        lift -= np.average(base[own], weights=sizes)
+        floor = min(np.mean((mu - average)[indices] ** 2), most**2)
+        lift = math.log(floor) - np.average(base[own], weights=sizes)
         if len(indices) > few and lift > 0:
             beta[own] += lift
     return mu, base, beta

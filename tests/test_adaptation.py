@@ -60,7 +60,10 @@ def make(variance="layerwise", *, inner=None, stddev=0.5, bounds=(), **kwargs):
 @pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("variance", ADAPTIVE)
 def test_steps_match_the_reference(variance, antithetic, shaping):
-    """Twelve of them, of which the mean lifts sigma in some."""
+    """Twelve of them, of which the mean lifts sigma in some.
+
+    12 inputs a unit: to 2 / sqrt(12) at most.
+    """
     rate = {"centered_rank": 4.0, "identity": 0.3, "nes": 1.3}[shaping]
     variables = make_variables()
     optimizer = make(
@@ -85,6 +88,7 @@ def test_steps_match_the_reference(variance, antithetic, shaping):
             GROUPS[variance],
             BLOCKS[variance],
             few=100,
+            most=2 / math.sqrt(12),
             shaping=shaping,
             antithetic=antithetic,
             rate=np.float32(rate).item(),
@@ -122,6 +126,16 @@ def test_the_rule_by_hand():
     np.testing.assert_allclose(both, [math.log(9), math.log(25)])
     few = lifted(shared, [-1, 2], [3, 5], population_size=120)
     np.testing.assert_allclose(few, [math.log(9), 2])
+    # 4 inputs a unit: to 2 / sqrt(4) at most.
+    kernel = WeightLayout(((4, 75), (120,)), ("float64",) * 2, (0, 1))
+    tops = adaptation.lifted(
+        tf.constant([-1, 2], tf.float64),
+        tf.repeat(tf.constant([3, 5], tf.float64), (300, 120)),
+        kernel,
+        kernel,
+        8,
+    )
+    np.testing.assert_allclose(tops, [0, 2], atol=1e-12)
     # Each weight its own: all of a block by as much, to the mean over it.
     own = lifted(separable, [-2] * 150 + [0] * 150 + [2] * 120, [3, 1])
     lift = math.log(9) + 1
@@ -185,7 +199,7 @@ def test_functions_of_few_weights_are_left_alone(follow_mean):
 
 def test_bounds_are_kept_whatever_the_floor():
     variables = make_variables()
-    for bounds in ((0.5, 0.7), (0.3, 0.5)):
+    for bounds in ((0.5, 0.55), (0.3, 0.5)):
         optimizer = make(bounds=bounds, inner=keras.optimizers.SGD(100.0))
         seen = []
         for _ in range(8):
@@ -261,7 +275,7 @@ def test_the_mean_moves_alike_however_much_sigma_is_lifted(variance, shaping):
 def test_a_resumed_search_is_the_uninterrupted_one():
     for variance in ADAPTIVE:
         variables = make_variables()
-        optimizer = make(variance, inner=keras.optimizers.Adam(0.5))
+        optimizer = make(variance, inner=keras.optimizers.Adam(0.2), stddev=0.2)
         store = {}
         for step in range(6):
             if step == 3:
@@ -277,7 +291,7 @@ def test_a_resumed_search_is_the_uninterrupted_one():
         np.testing.assert_array_equal(
             flat(copy.stddevs), flat(optimizer.stddevs)
         )
-        assert np.max(flat(copy.stddevs)) > 0.6
+        assert np.max(flat(copy.stddevs)) > 0.3
 
 
 def strategy_of(replicas):
@@ -335,7 +349,7 @@ def test_a_bounded_step_is_bounded_where_sigma_is_lifted():
     variables = make_variables()
     optimizer = make(stddev=0.2, max_kl=0.1)
     optimizer.minimize(objective, variables)
-    average = flat(variables) - 1.0  # sigma is to be 1
+    average = flat(variables) - 1.0  # sigma is to be .577
     optimizer._averaged_mean.assign(average)
     for _ in range(6):
         mean, stddev = flat(variables), flat(optimizer.stddevs)
