@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from keras_vo.signal_to_noise import Probe, kernel_squares
+from keras_vo.signal_to_noise import kernel_squares
 
 __all__ = [
     "KernelNoise",
@@ -178,10 +178,16 @@ class KernelNoise:
         return log_variance_sums(*self._split(noise), weights, self._shared)
 
     def squares(
-        self, noise: tf.Tensor, weights: tf.Tensor, probe: Probe
+        self, noise: tf.Tensor, weights: tf.Tensor, scale: tf.Tensor
     ) -> tf.Tensor:
-        """`signal_to_noise.kernel_squares` over the noise [n, size]."""
-        factor = probe.factor(self._stddev)
+        """`signal_to_noise.kernel_squares` over the noise [n, size].
+
+        Args:
+            noise: of a chunk's draws.
+            weights: theirs, [n].
+            scale: what dU/dmu is multiplied with, a scalar or [in, out].
+        """
+        factor = scale / self._stddev
         return kernel_squares(*self._split(noise), weights, factor)
 
     def _split(self, noise: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

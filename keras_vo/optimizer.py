@@ -400,6 +400,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         layout = self._layout
         log_variance = tf.convert_to_tensor(self._log_variance)
         mean = layout.flatten(variables)
+        scale = self._mean_scale(log_variance)
         recording = recording or Recording(variables)
         spaces = SearchSpaces(
             layout,
@@ -407,7 +408,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             log_variance,
             recording,
             self.search_distribution.adapts,
-            self._probe(),
+            self._probe(scale),
         )
 
         def outcome(weights: list[tf.Tensor]) -> Outcome:
@@ -444,7 +445,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             replicas,
             self._whole_noise(spaces, source, share, replicas),
         )
-        gradient = self._preconditioned(gradient, log_variance)
+        gradient = self._preconditioned(gradient, scale)
         finite = tf.math.is_finite(losses)
 
         # Where a batch can't be had (the end of the data), nothing is counted.
@@ -616,44 +617,46 @@ class VOOptimizer(keras.optimizers.Optimizer):
             self.assign(variable, tf.where(condition, variable, value))
 
     def _preconditioned(
-        self, gradient: SearchGradient, log_variance: tf.Tensor
+        self, gradient: SearchGradient, scale: tf.Tensor
     ) -> SearchGradient:
         """The gradients that steps go down, natural if they are to be."""
         if not self.natural_gradient:
             return gradient
-        stddev = self._stddev(log_variance)
         return gradient._replace(
-            mean=self._preconditioned_mean(gradient.mean, stddev),
+            mean=self._layout.expand(scale) * gradient.mean,
             log_variance=estimators.natural_log_variance_gradient(
                 gradient.log_variance, gradient.fisher
             ),
         )
 
-    def _preconditioned_mean(
-        self, gradient: tf.Tensor, stddev: tf.Tensor
-    ) -> tf.Tensor:
-        """The gradient of the mean that the inner optimizer gets.
+    def _mean_scale(self, log_variance: tf.Tensor) -> tf.Tensor:
+        """What dU/dmu is multiplied with for the inner optimizer, [groups].
 
         Where sigma follows the mean, the steps of the mean do not follow
         sigma.
         """
+        stddev = tf.exp(0.5 * log_variance)
+        one = tf.ones_like(stddev)
         if not self.natural_gradient:
-            return gradient
+            return one
         if self._base is None:
-            return estimators.natural_mean_gradient(gradient, stddev)
+            return estimators.natural_mean_gradient(one, stddev)
         return estimators.based_mean_gradient(
-            gradient,
+            one,
             stddev,
-            self._stddev(tf.convert_to_tensor(self._base)),
+            tf.exp(0.5 * tf.convert_to_tensor(self._base)),
             self.fitness_shaping == "identity",
         )
 
-    def _probe(self) -> Probe | None:
+    def _probe(self, scale: tf.Tensor) -> Probe | None:
         """What the observer wants to know of the gradient."""
         if self.observer is None:
             return None
-        generation = tf.convert_to_tensor(self.generations)
-        return Probe(self._preconditioned_mean, generation, self.observer.every)
+        return Probe(
+            self._layout.per_tensor(scale),
+            tf.convert_to_tensor(self.generations),
+            self.observer.every,
+        )
 
     def _update(
         self,

@@ -40,7 +40,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -63,13 +63,13 @@ class Probe(NamedTuple):
     """What a search gradient is to be measured by.
 
     Attributes:
-        precondition: from dU/dmu and sigma to the gradient that the inner
-            optimizer gets, linear in the former.
+        scales: what dU/dmu is multiplied with to be the gradient that the
+            inner optimizer gets, for each variable a scalar or shaped like it.
         generation: scalar int64, so that other columns are looked at in each.
         every: of how many steps one is looked at.
     """
 
-    precondition: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    scales: Sequence[tf.Tensor]
     generation: tf.Tensor
     every: int = 1
 
@@ -78,10 +78,6 @@ class Probe(NamedTuple):
         """Whether it does in this step: see `EVERY`."""
         every = -(-EVERY // self.every) * self.every
         return (self.generation + 1) % every == 0
-
-    def factor(self, stddev: tf.Tensor) -> tf.Tensor:
-        """f: what the score z / sigma of full noise is multiplied with."""
-        return self.precondition(tf.math.reciprocal(stddev), stddev)
 
     def ids(self, draws: int, start: int, size: int) -> tf.Tensor:
         """Numbers [size] of a replica's draws, counted over generations."""

@@ -140,13 +140,12 @@ class SearchSpaces:
         self._full_mean = self._full_layout.flatten(
             [variables[i] for i in self._full]
         )
-        self._full_stddev = self._full_layout.expand(
-            tf.sqrt(
-                self._full_layout.by_group(
-                    [self._variances[i] for i in self._full]
-                )
-            )
-        )
+        variances = [self._variances[i] for i in self._full]
+        self._full_stddev = tf.sqrt(self._expanded(variances))
+
+    def _expanded(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
+        """A number or tensor for each variable of full noise, by weight."""
+        return self._full_layout.expand(self._full_layout.by_group(values))
 
     @property
     def noise_size(self) -> int:
@@ -335,13 +334,14 @@ class SearchSpaces:
         if probe is None:
             return []
         terms = [
-            noise.squares(part, odd, probe)
-            for noise, part in zip(
-                self._low_rank.values(), factors, strict=True
+            noise.squares(part, odd, probe.scales[i])
+            for (i, noise), part in zip(
+                self._low_rank.items(), factors, strict=True
             )
         ]
         if self._full:
-            factor = probe.factor(self._full_stddev)
+            scale = self._expanded([probe.scales[i] for i in self._full])
+            factor = scale / self._full_stddev
             terms.append(full_squares(full, odd, factor))
         return [tf.add_n(terms) if terms else tf.zeros([], odd.dtype)]
 
@@ -381,12 +381,12 @@ class SearchSpaces:
                 units[i] = unit
         terms = []
         for i, parts in columns.items():
-            stddev = tf.sqrt(self._variances[i])
-            if stddev.shape.rank:
+            scale = probe.scales[i]
+            if scale.shape.rank:
                 # [in, units] or [units] to [chunk, in] or [chunk, 1]
-                by_unit = tf.reshape(stddev, [-1, stddev.shape[-1]])
-                stddev = tf.transpose(tf.gather(by_unit, units[i], axis=1))
-            column = probe.precondition(tf.add_n(parts), stddev)
+                by_unit = tf.reshape(scale, [-1, scale.shape[-1]])
+                scale = tf.transpose(tf.gather(by_unit, units[i], axis=1))
+            column = scale * tf.add_n(parts)
             terms.append(column_squares(column, self._layout.shapes[i][-1]))
         return tf.add_n(terms)
 

@@ -394,7 +394,7 @@ def test_sigma_grows_where_all_losses_are_equal():
 def test_it_finds_its_way_from_a_sigma_that_is_far_off(variance, stddev):
     """The 0-1 error of a network: at .001 hardly a member differs.
 
-    On three seeds each, fixed ended at FIXED, the others at OTHERS.
+    On three seeds each, fixed ended at .35 and at .37 to .63, the others at 1.
     """
     layers = [
         keras.layers.Dense(32, activation="relu"),
