@@ -245,6 +245,10 @@ def print_table(runs):
             print(f"| {variance} |", " | ".join(texts), "|")
 
 
+def _mean_accuracy(runs):
+    return statistics.mean(run["accuracy"] for run in runs)
+
+
 def _accuracy(values):
     if not values:
         return "-"
@@ -264,7 +268,7 @@ def draw(runs):
     ):
         for index, variance in enumerate(VARIANCES):
             points = sorted(
-                (stddev, statistics.mean(r["accuracy"] for r in cell))
+                (stddev, 100 - 100 * _mean_accuracy(cell))
                 for (name, stddev), cell in cells.items()
                 if name == variance
             )
@@ -276,8 +280,10 @@ def draw(runs):
                     label=variance,
                 )
         axes.set(xscale="log", xlabel="initial sigma", title=task)
-        axes.set_ylabel("test accuracy")
-        axes.grid(alpha=0.3)
+        axes.set(yscale="log", ylabel="test error, %")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.savefig(os.path.join(FLAGS.plot_dir, "variance_adaptation.png"))
 
