@@ -12,8 +12,8 @@ and the range of sigma.
     cnn      the MNIST network of `thesis_mnist.py`, N = 100, |B| = 200,
              300 generations, cosine decay
 
-    python benchmarks/variance_adaptation.py --task=digits --out=runs.jsonl
-    python benchmarks/variance_adaptation.py --table --out=runs.jsonl
+    python benchmarks/variance_adaptation.py --task=digits --seeds=0,1,2,3,4
+    python benchmarks/variance_adaptation.py --table
 
 The second makes a table and `variance_adaptation.png` of the runs.
 """
@@ -49,7 +49,9 @@ flags.DEFINE_string("mnist", None, "Path of mnist.npz, for local and cnn.")
 flags.DEFINE_list("variances", list(VARIANCES), "Structures to run.")
 flags.DEFINE_list("stddevs", None, "Initial sigmas; none: those of the task.")
 flags.DEFINE_list("seeds", ["0"], "Seeds of each.")
-flags.DEFINE_float("seconds", 60.0, "Seconds of training, for local.")
+flags.DEFINE_float(
+    "seconds", 60.0, "Seconds of training, for local without --steps."
+)
 flags.DEFINE_integer("steps", 0, "Steps; 0: those of the task.")
 flags.DEFINE_string("out", "runs.jsonl", "File of JSON lines, added to.")
 flags.DEFINE_bool("table", False, "Print a table of the file, draw a plot.")
@@ -143,7 +145,8 @@ def local():
     }
     model = mlp(keras_vo.layers.LocalReparamDense, (784, 128, 10))
     steps = FLAGS.steps or 10**6
-    return model, mnist(), 256, steps, FLAGS.seconds, optimizer
+    seconds = None if FLAGS.steps else FLAGS.seconds
+    return model, mnist(), 256, steps, seconds, optimizer
 
 
 def cnn():

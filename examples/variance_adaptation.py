@@ -77,7 +77,7 @@ class Arm(NamedTuple):
     Attributes:
         variance: of the search distribution.
         descent: whether log sigma^2 descends its regular gradient, and mu
-            too; else sigma adapts by rule, and gradients are natural.
+            too; else sigma adapts by default, and gradients are natural.
     """
 
     variance: str
@@ -228,14 +228,14 @@ def total(norms):
 def power(result):
     """p in |gradient| ~ sigma^p: least squares over layers and generations.
 
-    Each layer has a factor of its own. NaN where sigma is constant.
+    Each layer has a factor of its own. NaN where no sigma moves by half.
     """
     x, y = (
         np.log(values) - np.log(values).mean(0)
         for values in (result.sigmas[:-1], result.gradients)
     )
-    spread = (x**2).sum()
-    return (x * y).sum() / spread if spread > 1e-6 else np.nan
+    moves = np.ptp(x, axis=0).max() > np.log(1.5)
+    return (x * y).sum() / (x**2).sum() if moves else np.nan
 
 
 def layers_apart(arm):
@@ -342,7 +342,7 @@ def plot_power(axes, results):
         (True, DESCENT_COLOR, -1),
     ):
         scale = FLAGS.stddev**2 if descent else 1.0
-        label = "by descent" if descent else "by rule, or fixed"
+        label = "by descent" if descent else "by default, or fixed"
         axes.plot([], [], "o", ms=4, color=color, label=label)
         for arm, result in results.items():
             if arm.descent == descent:
@@ -379,7 +379,7 @@ def share_limits(group):
 
 
 def plot_all_norms(results, path):
-    """A column a variance: by rule above, descent below."""
+    """A column a variance: by default above, descent below."""
     columns = list(dict.fromkeys(["fixed", *(arm.variance for arm in results)]))
     figure, rows = plt.subplots(
         2,
@@ -407,7 +407,7 @@ def plot_all_norms(results, path):
 
 
 def plot_layers(results, path):
-    """A row a quantity, a line a layer; by rule and by descent."""
+    """A row a quantity, a line a layer; by default and by descent."""
     arms = [arm for arm in results if arm.variance == "layerwise"]
     figure, rows = plt.subplots(
         3, len(arms), figsize=(10, 9), layout="constrained", sharex=True
@@ -449,6 +449,7 @@ def check(condition, expected, name):
 
 def check_flags():
     least, greatest = _DEFAULTS.min_stddev, _DEFAULTS.max_stddev
+    greatest = min(greatest, 0.5)  # adaptation by default would start lower
     good = least <= FLAGS.stddev <= greatest
     check(good, f"--stddev in [{least:g}, {greatest:g}]", "stddev")
     for name in ("learning_rate", "descent_rate"):
@@ -468,7 +469,7 @@ def check_flags():
 
 
 def chosen_arms():
-    """Each variance by rule; those that adapt by descent, too."""
+    """Each variance by default; those that adapt by descent, too."""
     return [
         Arm(variance, descent)
         for variance in FLAGS.variances

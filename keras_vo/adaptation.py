@@ -4,8 +4,9 @@ The search gradient of a variance that many weights share is too weak to lead
 it: what a member's radius |z|^2 says of its loss is little beside the noise of
 a population of N, and the natural gradient divides that by sqrt(D) for the D
 weights of a layer. So where D > max(N, 100), sigma has two sources. One is a
-base s, that starts at sigma_0 and goes down the natural gradient. The other is
-where the mean has lately been: with the mean over the weights of layer b,
+base s, that starts at sigma_0, goes down the natural gradient, and grows where
+all losses are equal. The other is where the mean has lately been: with the
+means over the weights of layer b,
 
     phi_b   = log mean_b (mu' - m)^2
     sigma_i = s_i exp(max(0, phi_b - mean_b log s^2) / 2)
@@ -15,14 +16,15 @@ Sigma is at least the root mean square distance of the mean from its own
 moving average m over the later part of the search's t updates, so that where
 the mean has been stays within the search distribution. Steps that go one way
 add up in it and steps that go to and fro cancel, as in the evolution paths of
-[1]; where the mean comes to rest, sigma falls back to s. The steps of the mean
-take their size from s (`estimators.based_mean_gradient`): there is no loop
-that could run away.
+[1]; where the mean comes to rest, sigma falls back to s. With natural
+gradients the steps of the mean take their size from s
+(`estimators.based_mean_gradient`): there is no loop that could run away.
 
 From above, the network's shape says what is too much: noise of sigma on the
 weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
-what comes in. So the mean raises sigma to twice 1 / sqrt(fan in) at most, and
-where sigma_0 is more than four times that, s starts at 1 / sqrt(fan in).
+what comes in. So the mean raises sigma to 1.5 / sqrt(fan in) at most, and
+where sigma_0 is more than 4 / sqrt(fan in), s starts at 1 / sqrt(fan in). The
+fan in is a mean over all kernels.
 
 BUILD_NOTES.md, "Adapting the variance", has what else was tried.
 
@@ -45,12 +47,11 @@ __all__ = [
     "follows",
     "initial",
     "lifted",
-    "noise_scale",
 ]
 
 _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
-_MOST_LIFTED, _MOST_NOISE = 2.0, 4.0
+_MOST_LIFTED, _MOST_NOISE = 1.5, 4.0
 _BLIND_RATE = 0.06
 
 
@@ -63,7 +64,7 @@ def follows(blocks: WeightLayout, population_size: int) -> list[bool]:
     return [size > few for size in blocks.group_sizes]
 
 
-def noise_scale(blocks: WeightLayout) -> float:
+def _noise_scale(blocks: WeightLayout) -> float:
     """1 / sqrt(fan in), the sigma that makes as much noise as what comes in.
 
     A root mean square over all weights in tensors of two axes or more, of
@@ -79,7 +80,7 @@ def noise_scale(blocks: WeightLayout) -> float:
 
 def initial(stddev: float, blocks: WeightLayout) -> float:
     """Where s starts: sigma_0, or 1 / sqrt(fan in) if that is far less."""
-    scale = noise_scale(blocks)
+    scale = _noise_scale(blocks)
     return scale if stddev > _MOST_NOISE * scale else stddev
 
 
@@ -97,17 +98,21 @@ def averaged_mean(
     return average + (mean - average) / horizon
 
 
-def blind_growth(log_variance: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+def blind_growth(
+    log_variance: tf.Tensor, gradient: tf.Tensor, mean_gradient: tf.Tensor
+) -> tf.Tensor:
     """log s^2 grows by .06 where all losses are equal, else as it is.
 
-    Then the gradient of the mean is exactly zero: sigma is too small to see a
-    step of the loss.
+    Then both gradients are exactly zero: sigma is too small to see a step of
+    the loss.
 
     Args:
         log_variance: log s^2, [groups].
-        gradient: dU/dmu, [d].
+        gradient: dU/dbeta, alike.
+        mean_gradient: dU/dmu, [d].
     """
     blind = tf.reduce_all(tf.equal(gradient, 0))
+    blind &= tf.reduce_all(tf.equal(mean_gradient, 0))
     return tf.where(blind, log_variance + _BLIND_RATE, log_variance)
 
 
@@ -128,7 +133,7 @@ def lifted(
         population_size: N, see `follows`.
     """
     squares = blocks.group_means(tf.square(distance))
-    most = (_MOST_LIFTED * noise_scale(blocks)) ** 2
+    most = (_MOST_LIFTED * _noise_scale(blocks)) ** 2
     # The log of 0 is -inf: no floor.
     floor = tf.math.log(tf.minimum(squares, tf.constant(most, squares.dtype)))
     shared = layout.groups is not None  # groups are the blocks

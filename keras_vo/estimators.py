@@ -106,7 +106,7 @@ def based_mean_gradient(
     they grow with sigma themselves, and it is s^2 dU/dmu.
 
     Args:
-        gradient: dU/dmu [d].
+        gradient: dU/dmu, or anything that takes its place.
         stddev: sigma, broadcasts against it.
         base: s, alike.
         loss_scaled: whether utilities have the scale of the losses.

@@ -97,17 +97,17 @@ class VOOptimizer(keras.optimizers.Optimizer):
         search_distribution: a `GaussianSearchDistribution`, or its variance:
             "fixed", "isotropic", "layerwise" or "separable".
         natural_gradient: whether to precondition the search gradients with
-            the inverse Fisher information [1, eq. 19-21]. Where sigma adapts
-            without a learning rate of its own, the natural gradient of mu is
-            scaled such that its size does not change with sigma.
+            the inverse Fisher information [1, eq. 19-21]. Where sigma follows
+            the mean, that of mu has the size that it would have if it did
+            not.
         antithetic: whether members come in pairs mu + sigma z, mu - sigma z
             [1, eq. 22]. It removes the even part of f from the gradient of
             mu.
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
             finite losses [N] to utilities [N] (higher for a higher loss; of a
-            size that does not depend on that of the losses, if sigma adapts
-            without a learning rate of its own).
+            size that does not depend on that of the losses, if sigma follows
+            the mean).
             For `LocalReparamDense` it is applied example by example, to the
             members that the example's replica evaluates.
         max_kl: bound, in nats, on the KL divergence between the search
@@ -231,7 +231,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             dtype="int64",
             name="seed",
         )
-        follows = self.search_distribution.follow_mean and any(
+        follows = self.search_distribution.follows_mean and any(
             adaptation.follows(self._blocks, self.population_size)
         )
         stddev = self.search_distribution.stddev
@@ -715,7 +715,9 @@ class VOOptimizer(keras.optimizers.Optimizer):
         if not self.search_distribution.adapts:
             return base
         if self._base is not None:
-            base = adaptation.blind_growth(base, gradient.mean)
+            base = adaptation.blind_growth(
+                base, gradient.log_variance, gradient.mean
+            )
         return self.search_distribution.update(base, gradient.log_variance)
 
     # --- checks ---
@@ -773,9 +775,11 @@ class VOOptimizer(keras.optimizers.Optimizer):
                     "The checkpoint holds a search of another structure. "
                     "Expected, for a "
                     f"{self.search_distribution.variance!r} search "
-                    "distribution with inner optimizer "
-                    f"{self.inner_optimizer.name!r}, variables of shapes "
-                    f"{expected}. Received: {received}. "
+                    "distribution with follow_mean="
+                    f"{self.search_distribution.follow_mean}, "
+                    f"population_size={self.population_size} and inner "
+                    f"optimizer {self.inner_optimizer.name!r}, variables of "
+                    f"shapes {expected}. Received: {received}. "
                     "(`model.load_weights(path, skip_mismatch=True)` loads "
                     "the model's weights and starts a new search.)"
                 )

@@ -42,7 +42,8 @@ class GaussianSearchDistribution:
         variance: which weights share one variance. `"fixed"`: all, and it is
             never changed (an evolution strategy). `"isotropic"`: all.
             `"layerwise"`: those of one layer. `"separable"`: none.
-        stddev: initial standard deviation sigma, in units of the weights.
+        stddev: initial standard deviation sigma, in units of the weights; but
+            see `follow_mean`.
         learning_rate: learning rate of beta. With natural gradients, centred
             ranks and a population that agrees, one step changes sigma by a
             factor of about exp(learning_rate / 4) at most.
@@ -50,11 +51,12 @@ class GaussianSearchDistribution:
         max_stddev: sigma never rises above this.
         follow_mean: whether sigma follows the mean where it is learned and a
             layer (with `"isotropic"`, all) has more weights than the
-            population has members, and more than 100. It is then at least the
-            root mean square distance of the mean from where it has lately
-            been, and starts at 1 / sqrt(fan in) if `stddev` is more than four
-            times that: see `keras_vo/adaptation.py`. The search then starts
-            well from any `stddev`.
+            population has members, and more than 100: see
+            `keras_vo/adaptation.py`. It is then at least the root mean square
+            distance of the mean from where it has lately been, up to 1.5 /
+            sqrt(fan in), and a `stddev` above 4 / sqrt(fan in) starts at 1 /
+            sqrt(fan in), where the fan in is a mean over all kernels. The
+            search of a network then starts well from any `stddev`.
 
     Raises:
         ValueError: an unknown `variance`; a standard deviation or learning
@@ -102,12 +104,17 @@ class GaussianSearchDistribution:
         self.learning_rate = float(learning_rate)
         self.min_stddev = float(min_stddev)
         self.max_stddev = float(max_stddev)
-        self.follow_mean = bool(follow_mean) and self.adapts
+        self.follow_mean = bool(follow_mean)
 
     @property
     def adapts(self) -> bool:
         """Whether the variance is learned."""
         return self.variance != "fixed"
+
+    @property
+    def follows_mean(self) -> bool:
+        """Whether sigma follows the mean in layers of many weights."""
+        return self.adapts and self.follow_mean
 
     def layout(self, variables: Sequence[Any]) -> WeightLayout:
         """The layout of `variables`, grouped as this distribution wants."""

@@ -126,6 +126,7 @@ def following_step(
     *,
     few,
     most,
+    natural=True,
     shaping="centered_rank",
     antithetic=True,
     rate=1.0,
@@ -147,9 +148,11 @@ def following_step(
     else:
         utilities = SHAPINGS[shaping](losses)
         step = size * (utilities @ z) / len(z)
-    mu = mu - rate * step
-    _, natural = gradients(z, utilities, sigma, groups, True)
-    base = base - 0.1 * natural
+    regular, grad_beta = gradients(z, utilities, sigma, groups, False)
+    if natural:
+        _, grad_beta = gradients(z, utilities, sigma, groups, True)
+    mu = mu - rate * (step if natural else regular)
+    base = base - 0.1 * grad_beta
     beta = base.copy()
     for indices in blocks:
         own = [g for g, some in enumerate(groups) if set(some) <= set(indices)]

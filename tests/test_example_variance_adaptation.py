@@ -217,8 +217,8 @@ def test_layer_sizes_are_those_of_the_model(short):
 def test_arms_differ_as_the_docstring_says(module, short):
     """Seeds 3 to 5 are all within these bounds.
 
-    They gave powers of -1.08 to -1.02 by descent and -.22 to -.02 by the rule,
-    and weights of 9 to 130 times those of fixed sigma, or within 3 % of them.
+    They gave powers of -1.08 to -1.02 by descent, and weights of 9 to 130 times
+    those of fixed sigma, or within 3 % of them.
     """
     found = {arm.name: result for arm, result in short.results.items()}
     fixed = found.pop("fixed")
@@ -234,10 +234,10 @@ def test_arms_differ_as_the_docstring_says(module, short):
             assert weights[0] > 3 * weights[1]
             assert result.sigmas.min() < 0.3 * STDDEV
         else:
-            assert -0.5 < slope < 0.1
+            assert np.isnan(slope)  # sigma hardly moves
             assert range_of_gradients < 4
             assert weights[0] == pytest.approx(weights[1], rel=0.2)
-        layers_differ = np.ptp(result.sigmas, axis=1)[1:].min() > 0
+        layers_differ = np.ptp(result.sigmas, axis=1).max() > 0
         assert layers_differ == name.startswith("layerwise")
 
 
@@ -261,7 +261,7 @@ def test_table_has_these_numbers(short):
         want = np.linalg.norm(result.means[-1])
         assert float(mean) == pytest.approx(want, abs=0.06)
         assert float(accuracy) == pytest.approx(result.accuracy, abs=6e-4)
-        if arm.variance == "fixed":
+        if not arm.descent:
             assert power == "-"
         else:
             want = example().power(result)
@@ -346,8 +346,8 @@ def test_no_folder_no_plots(short, monkeypatch):
         ("--variances=", "--variances to be some of fixed,isotropic,layer"),
         ("--variances=full", "--variances to be some of fixed,isotropic,layer"),
         ("--variances=fixed,fixed", "--variances to be some of fixed,isotro"),
-        ("--stddev=0.0", "--stddev in [1e-06, 1000]"),
-        ("--stddev=nan", "--stddev in [1e-06, 1000]"),
+        ("--stddev=0.0", "--stddev in [1e-06, 0.5]"),
+        ("--stddev=nan", "--stddev in [1e-06, 0.5]"),
         ("--learning_rate=inf", "a positive, finite --learning_rate"),
         ("--descent_rate=-1.0", "a positive, finite --descent_rate"),
         ("--steps=1", "--steps of 2 or more"),

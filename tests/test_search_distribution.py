@@ -52,9 +52,9 @@ def test_unknown_distribution():
 def test_what_is_fixed_follows_nothing():
     for variance in ("fixed", "isotropic", "layerwise", "separable"):
         own = keras_vo.GaussianSearchDistribution(variance)
-        assert own.follow_mean == (variance != "fixed")
+        assert own.follows_mean == (variance != "fixed")
         other = keras_vo.GaussianSearchDistribution(variance, follow_mean=False)
-        assert not other.follow_mean
+        assert not other.follows_mean
         for one in (own, other):
             copy = keras_vo.GaussianSearchDistribution.from_config(
                 one.get_config()
