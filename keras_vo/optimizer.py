@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from keras_vo import adaptation, checks, distribution, estimators
 from keras_vo import exchange as exchange_lib
@@ -237,6 +238,13 @@ class VOOptimizer(keras.optimizers.Optimizer):
         stddev = self.search_distribution.stddev
         if follows:
             stddev = adaptation.initial(stddev, self._blocks)
+            if stddev != self.search_distribution.stddev:
+                logging.info(
+                    "Sigma starts at %.3g, 1 / sqrt(fan in): stddev=%g is "
+                    "above 4 / sqrt(fan in), see `follow_mean`.",
+                    stddev,
+                    self.search_distribution.stddev,
+                )
         self._log_variance = self._beta_variable("log_variance", stddev)
         self._base = self._averaged_mean = None
         if follows:

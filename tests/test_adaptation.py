@@ -12,6 +12,7 @@ from test_optimizer import flat, noise_of
 
 import keras_vo
 from keras_vo import adaptation, low_rank
+from keras_vo import optimizer as optimizer_module
 from keras_vo.layers import LowRankDense
 from keras_vo.layout import WeightLayout
 
@@ -163,8 +164,12 @@ def test_the_average_is_over_the_later_part_of_the_search():
     np.testing.assert_allclose(lags[-1], 2000 / 3, rtol=0.02)
 
 
-def test_a_sigma_far_above_the_scale_of_weights_starts_there():
+def test_a_sigma_far_above_the_scale_of_weights_starts_there(monkeypatch):
     """Units have 12 inputs: 1 / sqrt(12) = .289, four times that is 1.15."""
+    said = []
+    monkeypatch.setattr(
+        optimizer_module.logging, "info", lambda *args: said.append(args)
+    )
     for stddev, bounds, want in (
         (1.1, (), 1.1),
         (1.2, (), 12**-0.5),
@@ -175,6 +180,7 @@ def test_a_sigma_far_above_the_scale_of_weights_starts_there():
         optimizer = make(stddev=stddev, bounds=bounds)
         optimizer.build(make_variables())
         np.testing.assert_allclose(flat(optimizer.stddevs), want, rtol=1e-12)
+    assert [args[2] for args in said] == [1.2, 100.0, 100.0]
     # Each weight of a layer counts: 300 with 100 inputs, 18 with 9.
     layout = WeightLayout(
         ((100, 3), (3,), (3, 3, 1, 2)), ("float32",) * 3, (0, 0, 1)
