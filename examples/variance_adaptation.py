@@ -449,7 +449,7 @@ def check(condition, expected, name):
 
 def check_flags():
     least, greatest = _DEFAULTS.min_stddev, _DEFAULTS.max_stddev
-    greatest = min(greatest, 0.5)  # adaptation by default would start lower
+    greatest = min(greatest, 0.4)  # adaptation by default would start lower
     good = least <= FLAGS.stddev <= greatest
     check(good, f"--stddev in [{least:g}, {greatest:g}]", "stddev")
     for name in ("learning_rate", "descent_rate"):

@@ -23,7 +23,7 @@ gradients the steps of the mean take their size from s
 From above, the network's shape says what is too much: noise of sigma on the
 weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
 what comes in. So the mean raises sigma to 1.5 / sqrt(fan in) at most, and
-where sigma_0 is more than 4 / sqrt(fan in), s starts at 1 / sqrt(fan in). The
+where sigma_0 is more than 3 / sqrt(fan in), s starts at 1 / sqrt(fan in). The
 fan in is a mean over all kernels.
 
 BUILD_NOTES.md, "Adapting the variance", has what else was tried.
@@ -51,7 +51,7 @@ __all__ = [
 
 _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
-_MOST_LIFTED, _MOST_NOISE = 1.5, 4.0
+_MOST_LIFTED, _MOST_NOISE = 1.5, 3.0
 _BLIND_RATE = 0.06
 
 

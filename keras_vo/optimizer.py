@@ -241,7 +241,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
             if stddev != self.search_distribution.stddev:
                 logging.info(
                     "Sigma starts at %.3g, 1 / sqrt(fan in): stddev=%g is "
-                    "above 4 / sqrt(fan in), see `follow_mean`.",
+                    "above 3 / sqrt(fan in), see `follow_mean`.",
                     stddev,
                     self.search_distribution.stddev,
                 )

@@ -54,7 +54,7 @@ class GaussianSearchDistribution:
             population has members, and more than 100: see
             `keras_vo/adaptation.py`. It is then at least the root mean square
             distance of the mean from where it has lately been, up to 1.5 /
-            sqrt(fan in), and a `stddev` above 4 / sqrt(fan in) starts at 1 /
+            sqrt(fan in), and a `stddev` above 3 / sqrt(fan in) starts at 1 /
             sqrt(fan in), where the fan in is a mean over all kernels. The
             search of a network then starts well from any `stddev`.
 

@@ -165,14 +165,14 @@ def test_the_average_is_over_the_later_part_of_the_search():
 
 
 def test_a_sigma_far_above_the_scale_of_weights_starts_there(monkeypatch):
-    """Units have 12 inputs: 1 / sqrt(12) = .289, four times that is 1.15."""
+    """Units have 12 inputs: 1 / sqrt(12) = .289, three times that is .866."""
     said = []
     monkeypatch.setattr(
         optimizer_module.logging, "info", lambda *args: said.append(args)
     )
     for stddev, bounds, want in (
-        (1.1, (), 1.1),
-        (1.2, (), 12**-0.5),
+        (0.85, (), 0.85),
+        (0.9, (), 12**-0.5),
         (100.0, (), 12**-0.5),
         (100.0, (0.5, 1e3), 0.5),
         (0.001, (), 0.001),
@@ -180,14 +180,14 @@ def test_a_sigma_far_above_the_scale_of_weights_starts_there(monkeypatch):
         optimizer = make(stddev=stddev, bounds=bounds)
         optimizer.build(make_variables())
         np.testing.assert_allclose(flat(optimizer.stddevs), want, rtol=1e-12)
-    assert [args[2] for args in said] == [1.2, 100.0, 100.0]
+    assert [args[2] for args in said] == [0.9, 100.0, 100.0]
     # Each weight of a layer counts: 300 with 100 inputs, 18 with 9.
     layout = WeightLayout(
         ((100, 3), (3,), (3, 3, 1, 2)), ("float32",) * 3, (0, 0, 1)
     )
     scale = math.sqrt((300 / 100 + 18 / 9) / 318)
-    assert adaptation.initial(0.6, layout) == pytest.approx(scale)
-    assert adaptation.initial(0.5, layout) == 0.5
+    assert adaptation.initial(0.4, layout) == pytest.approx(scale)
+    assert adaptation.initial(0.35, layout) == 0.35
     vector = WeightLayout(((300,),), ("float32",), (0,))
     assert adaptation.initial(9.0, vector) == 9.0
 
