@@ -233,6 +233,8 @@ def test_arms_differ_as_the_docstring_says(module, short):
             assert range_of_gradients > 8
             assert weights[0] > 3 * weights[1]
             assert result.sigmas.min() < 0.3 * STDDEV
+            differ = np.ptp(result.sigmas, axis=1)[1:] > 0
+            assert np.all(differ == name.startswith("layerwise"))
         else:
             assert np.isnan(slope)  # sigma hardly moves
             assert range_of_gradients < 4

@@ -170,6 +170,37 @@ def test_numbers_against_numpy(variance, antithetic, natural):
     assert np.all(np.array(history["evaluations_per_second"]) > 0)
 
 
+@pytest.mark.parametrize("variance", ["layerwise", "separable"])
+def test_numbers_against_numpy_where_sigma_is_raised(variance):
+    """Of ranks, terms of the gradient have the size that s gives them."""
+    start = np.random.default_rng(0).normal(size=(12, 10))
+    kernel = tf.Variable(start)
+    optimizer = make(variance, rate=8.0, stddev=0.1)
+    optimizer.build([kernel])
+    monitor, raised = SearchMonitor("step"), []
+    with monitor.attached(optimizer):
+        for step in range(5):
+            mean, sigma = flat([kernel]), flat(optimizer.stddevs)
+            base = np.broadcast_to(np.exp(optimizer._base.numpy() / 2), 120)
+            optimizer.minimize(lambda w: tf.reduce_sum(w[0] ** 2), [kernel])
+            monitor.record()
+            z = reference.members(noise_of(optimizer, step, 4, size=120), True)
+            utilities = reference.centered_rank(
+                [np.sum((mean + sigma * row) ** 2) for row in z]
+            )
+            terms = base / 8 * utilities[:, None] * z
+            terms = terms[:4] + terms[4:]
+            for name, value in (
+                ("gradient_norm", np.linalg.norm(terms.sum(axis=0))),
+                ("gradient_snr", reference.split_half_snr(terms)),
+            ):
+                np.testing.assert_allclose(
+                    monitor.history[name][step], value, rtol=1e-9
+                )
+            raised.append(np.max(sigma / base))
+    assert raised[0] == pytest.approx(1) and max(raised) > 1.5
+
+
 def test_the_kl_is_that_of_the_step_within_its_bound():
     variables = make_variables()
     optimizer = make("layerwise", rate=5.0, max_kl=0.02)
