@@ -7,7 +7,7 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if config.slow else [])
+        pytest.param(name, marks=[pytest.mark.slow] if config.extra else [])
         for name, config in golden.CONFIGS.items()
     ],
 )
