@@ -1,5 +1,7 @@
 """Small models and data that several test files share."""
 
+import contextlib
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -153,3 +155,32 @@ def nodes_of_a_step(model, features=FEATURES):
     definition = graph.as_graph_def(add_shapes=True)
     functions = definition.library.function
     return [*definition.node, *(n for f in functions for n in f.node_def)]
+
+
+# --- replicas ---
+
+
+def mirrored(replicas):
+    """A strategy of as many logical CPUs.
+
+    TensorFlow's collective operations, the default, know one number of
+    devices in a process.
+    """
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(replicas)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+
+
+def scope(strategy):
+    return strategy.scope() if strategy else contextlib.nullcontext()
+
+
+def assert_replicas_are_equal(strategy, variables):
+    for variable in variables:
+        value = getattr(variable, "value", variable)
+        first, *others = strategy.experimental_local_results(
+            variable.value if isinstance(variable, keras.Variable) else value
+        )
+        for other in others:
+            np.testing.assert_array_equal(first, other, err_msg=variable.name)

@@ -1,6 +1,5 @@
 """Replicas of MirroredStrategy: the same search on one, two and three."""
 
-import contextlib
 import math
 import operator
 
@@ -8,27 +7,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from models import assert_replicas_are_equal, mirrored, scope
 
 import keras_vo
 from keras_vo import distribution, exchange
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def mirrored(replicas):
-    """A strategy of as many logical CPUs.
-
-    TensorFlow's collective operations, the default, know one number of
-    devices in a process.
-    """
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(replicas)],
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
-
-
-def scope(strategy):
-    return strategy.scope() if strategy else contextlib.nullcontext()
 
 
 def data(examples=48):
@@ -47,16 +31,6 @@ def same_batches(strategy, size=16):
     if strategy is None:
         return batches
     return strategy.distribute_datasets_from_function(lambda _: batches)
-
-
-def assert_replicas_are_equal(strategy, variables):
-    for variable in variables:
-        value = getattr(variable, "value", variable)
-        first, *others = strategy.experimental_local_results(
-            variable.value if isinstance(variable, keras.Variable) else value
-        )
-        for other in others:
-            np.testing.assert_array_equal(first, other, err_msg=variable.name)
 
 
 # --- without a model ---

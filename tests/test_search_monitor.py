@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from test_distribution import mirrored
+from models import mirrored
 from test_optimizer import (
     GROUPS,
     STRUCTURES,
