@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import matplotlib.figure
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -46,6 +47,19 @@ def run(name, *arguments):
     finally:
         flagsaver.restore_flag_values(saved, module.FLAGS)
     return printed.getvalue()
+
+
+@contextlib.contextmanager
+def kept_figures():
+    """What is saved as a plot, by the file's name; nothing is drawn."""
+    figures = {}
+
+    def keep(figure, path, **_):
+        figures[pathlib.Path(path).name] = figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", keep)
+        yield figures
 
 
 def run_python(*arguments, cwd):

@@ -179,9 +179,12 @@ def scaled(*_):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Rows (predicted, measured, ratio, error) of a short run, and its plot."""
+    """Rows (predicted, measured, ratio, error) of a short run, and a figure."""
     folder = tmp_path_factory.mktemp("plots")
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        example_scripts.kept_figures() as kept,
+    ):
         patch.setattr(example(), "train", scaled)
         output = run(
             "--sigmas=0.01,1",
@@ -193,7 +196,7 @@ def results(tmp_path_factory):
             "--batches=16",
             f"--plot_dir={folder}",
         )
-    return parse(output), folder / "gradient_variance.png"
+    return parse(output), kept["gradient_variance.png"]
 
 
 def parse(output):
@@ -269,10 +272,17 @@ def test_only_noise_of_each_example_averages_out(results):
         assert falls["noise of each example"] > 20
 
 
-def test_the_plot_is_there(results):
-    _, path = results
-    png = path.read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 50_000
+def test_the_plot_shows_the_measurements(results):
+    """Of one weight, a point for each sigma."""
+    table, figure = results
+    points = [
+        line.get_ydata()
+        for line in figure.axes[0].lines
+        if len(line.get_ydata()) == 2
+    ]
+    for estimator in ("iid", "iid, baseline", "antithetic"):
+        want = [table["dU/dmu", estimator, sigma][1] for sigma in (0.01, 1)]
+        assert any(np.allclose(got, want, rtol=0.02) for got in points)
 
 
 @pytest.mark.slow
@@ -305,20 +315,12 @@ def test_as_a_script_with_training(tmp_path):
     "argument, message",
     [
         ("--sigmas=0.1,0", r"numbers in \[1e-06, 1000\].*--sigmas=0.1,0"),
-        ("--sigmas=1e-200", r"numbers in \[1e-06, 1000\].*--sigmas=1e-200"),
-        ("--sigmas=", "sigmas to be numbers"),
-        ("--sigmas=nan", "sigmas to be numbers"),
         ("--sigmas=x", "sigmas to be numbers.*Received: --sigmas=x"),
-        ("--stddev=-1", r"stddev to be in \[1e-06, 1000\].*--stddev=-1.0"),
         ("--stddev=1e-9", r"stddev to be in .*Received: --stddev=1e-09"),
         ("--population_size=7", r"even and in \[2, 64\].*--population_size=7"),
-        ("--population_sizes=8,9", r"even integers in \[4, 2048\].*=8,9"),
         ("--population_sizes=4096", r"half of --members.*=4096"),
-        ("--batch_sizes=0", r"integers in \[1, 256\].*--batch_sizes=0"),
         ("--batch_sizes=257", r"integers in \[1, 256\].*--batch_sizes=257"),
         ("--batches=1", "batches to be at least 16"),
-        ("--epochs=1", "epochs to be at least 2"),
-        ("--seed=-1", r"seed to be in .*Received: --seed=-1"),
     ],
 )
 def test_bad_flags_are_named(argument, message):

@@ -1,7 +1,6 @@
 """The examples in one and two dimensions: their numbers, tables and plots."""
 
 import re
-import struct
 
 import example_scripts
 import numpy as np
@@ -24,12 +23,6 @@ def example():
     yield get
     for values, own in saved:
         flagsaver.restore_flag_values(values, own)
-
-
-def png_size(path):
-    png = path.read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 50_000
-    return struct.unpack(">2I", png[16:24])
 
 
 # --- himmelblau.py ---
@@ -67,9 +60,10 @@ def test_himmelblau_tells_the_methods_apart(tmp_path):
     three are further within. It would catch methods that are mixed up, sigma
     that is not adapted, or utilities of another scale.
     """
-    output = example_scripts.run(
-        "himmelblau", "--seeds=3", f"--plot_dir={tmp_path / 'plots'}"
-    )
+    with example_scripts.kept_figures() as figures:
+        output = example_scripts.run(
+            "himmelblau", "--seeds=3", f"--plot_dir={tmp_path / 'plots'}"
+        )
     rows = re.findall(
         r"^(ES|VO, \w+).*?  +([\d.e-]+)  +([\d.e-]+) to ([\d.e-]+)"
         r"  +([\d.]+)  +([\d.]+)  +([\d.-]+), ([\d.-]+)$",
@@ -91,7 +85,15 @@ def test_himmelblau_tells_the_methods_apart(tmp_path):
     assert 0.3 < regular[3] < 0.6
     assert 0.05 < natural[3] < 0.25
     assert natural[4] < 0.03 < fixed[4] < regular[4]
-    assert png_size(tmp_path / "plots" / "himmelblau.png") == (1300, 1170)
+    progress = [
+        axes.lines
+        for axes in figures["himmelblau.png"].axes
+        if "objective" in axes.get_ylabel()
+    ]
+    for lines, row in zip(progress, (fixed, regular, natural), strict=True):
+        ends = [line.get_ydata()[-1] for line in lines if len(line.get_ydata())]
+        assert len(ends) == 3
+        assert np.median(ends) == pytest.approx(row[0], rel=0.05)
 
 
 # --- search_landscapes.py ---
@@ -188,7 +190,8 @@ def test_search_leaves_the_narrow_minimum_for_the_wide(tmp_path):
     """
     plots = tmp_path / "plots"
     arguments = "--stddevs=0.1", f"--plot_dir={plots}"
-    output = example_scripts.run("search_landscapes", *arguments)
+    with example_scripts.kept_figures() as figures:
+        output = example_scripts.run("search_landscapes", *arguments)
     number = r" +(-?[\d.]+)"
     rows = re.findall(
         rf"^{number * 3}  (\w+){number * 4}  (\w+)$", output, re.MULTILINE
@@ -203,7 +206,14 @@ def test_search_leaves_the_narrow_minimum_for_the_wide(tmp_path):
     assert re.search(r"^two minima +2.25 +-1.6250 +0.50$", output, re.M)
     assert re.search(r"^sinc in steps +0.00 +-1.0000 +7.00$", output, re.M)
     assert "narrow minimum up to sigma = 0.126" in output
-    assert png_size(plots / "search_landscapes.png") == (1200, 900)
+    drawn = [
+        line.get_xydata()
+        for axes in figures["search_landscapes.png"].axes
+        for line in axes.lines
+    ]
+    ends = [line[-1] for line in drawn if len(line) > 2]
+    end = [float(mu), float(sigma)]
+    assert np.min(np.linalg.norm(np.subtract(ends, end), axis=1)) < 0.01
 
 
 # --- flags ---
@@ -212,20 +222,12 @@ def test_search_leaves_the_narrow_minimum_for_the_wide(tmp_path):
 @pytest.mark.parametrize(
     "name, argument, expected",
     [
-        ("himmelblau", "--start=1", "two finite numbers, --start=x,y"),
         ("himmelblau", "--start=1,two", "two finite numbers, --start=x,y"),
         ("himmelblau", "--stddev=0.0", "--stddev in [1e-06, 1000]"),
         ("himmelblau", "--natural_rate=nan", "a positive, finite --natural"),
         ("himmelblau", "--steps=0", "--steps of 1 or more"),
-        ("himmelblau", "--seeds=0", "--seeds of 1 or more"),
-        ("himmelblau", "--seed=-1", "--seed in "),
-        ("himmelblau", "--population_size=1", "--population_size of 2 or more"),
         ("search_landscapes", "--start=inf", "a finite --start"),
-        ("search_landscapes", "--stddev=2000.0", "--stddev in [1e-06, 1000]"),
-        ("search_landscapes", "--stddevs=1,-2", "--stddevs in [1e-06, "),
         ("search_landscapes", "--stddevs=1,x", "--stddevs in [1e-06, "),
-        ("search_landscapes", "--learning_rate=inf", "a positive, finite --l"),
-        ("search_landscapes", "--steps=0", "--steps of 1 or more"),
         ("search_landscapes", "--seed=-1", "--seed in "),
         ("search_landscapes", "--population_size=3", "an even --population"),
     ],

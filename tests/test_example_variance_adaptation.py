@@ -3,8 +3,7 @@
 import functools
 import itertools
 import re
-import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import example_scripts
 import matplotlib.pyplot as plt
@@ -36,7 +35,7 @@ class Run(NamedTuple):
     """A short run: what it printed, found and drew, and its models."""
 
     output: str
-    folder: Any
+    figures: dict
     results: dict
     models: dict
 
@@ -59,8 +58,9 @@ def short(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_model", kept_model)
         patch.setattr(module, "search", kept_result)
-        output = run(*ARGUMENTS, f"--plot_dir={folder}")
-    return Run(output, folder, results, models)
+        with example_scripts.kept_figures() as figures:
+            output = run(*ARGUMENTS, f"--plot_dir={folder}")
+    return Run(output, figures, results, models)
 
 
 @pytest.fixture
@@ -279,17 +279,20 @@ def test_table_has_these_numbers(short):
 # --- plots ---
 
 
-def test_plots_are_there(short):
-    sizes = {}
-    for path in short.folder.iterdir():
-        png = path.read_bytes()
-        assert png.startswith(b"\x89PNG") and len(png) > 50_000
-        sizes[path.name] = struct.unpack(">2I", png[16:24])
-        assert f"plot      {path}" in short.output
-    assert sizes == {
-        "variance_norms.png": (1300, 800),
-        "variance_layers.png": (1000, 900),
-    }
+def test_plots_show_every_arm(short):
+    norms, layers = (
+        {axes.get_title(): axes for axes in short.figures[name].axes}
+        for name in ("variance_norms.png", "variance_layers.png")
+    )
+    for arm, result in short.results.items():
+        drawn = norms[arm.name].lines[0].get_ydata()
+        np.testing.assert_allclose(drawn, np.linalg.norm(result.means, axis=1))
+        assert (arm.name in layers) == (arm.variance == "layerwise")
+        if arm.name in layers:
+            drawn = [line.get_ydata() for line in layers[arm.name].lines]
+            np.testing.assert_array_equal(drawn, result.sigmas.T)
+    for name in short.figures:
+        assert re.search(rf"plot      \S+{name}", short.output)
 
 
 def test_norms_are_drawn_with_every_sigma_on_the_second_axis(module, short):
@@ -314,18 +317,25 @@ def test_fewer_variances(chosen, short, tmp_path, monkeypatch):
     monkeypatch.setattr(
         example(), "search", lambda arm, data: short.results[arm]
     )
-    output = run(
-        *ARGUMENTS,
-        f"--variances={','.join(chosen)}",
-        f"--plot_dir={tmp_path / 'plots'}",
-    )
+    with example_scripts.kept_figures() as figures:
+        output = run(
+            *ARGUMENTS,
+            f"--variances={','.join(chosen)}",
+            f"--plot_dir={tmp_path / 'plots'}",
+        )
     names = re.findall(r"^(fixed|isotropic|layerwise)", output, re.M)
     repeats = (1 if name == "fixed" else 2 for name in chosen)
     want = [[name] * n for name, n in zip(chosen, repeats, strict=True)]
     assert names == list(itertools.chain(*want))
-    plots = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert "variance_norms.png" in plots
-    assert ("variance_layers.png" in plots) == ("layerwise" in chosen)
+    assert "variance_norms.png" in figures
+    assert ("variance_layers.png" in figures) == ("layerwise" in chosen)
+
+
+def test_a_file_is_drawn(short, module, tmp_path):
+    arm = module.Arm("fixed")
+    path = tmp_path / "norms.png"
+    module.plot_all_norms({arm: short.results[arm]}, path)
+    assert plt.imread(path).std() > 0.05  # it is not blank
 
 
 def test_no_folder_no_plots(short, monkeypatch):
@@ -345,18 +355,11 @@ def test_no_folder_no_plots(short, monkeypatch):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("--variances=", "--variances to be some of fixed,isotropic,layer"),
-        ("--variances=full", "--variances to be some of fixed,isotropic,layer"),
         ("--variances=fixed,fixed", "--variances to be some of fixed,isotro"),
-        ("--stddev=0.0", "--stddev in [1e-06, 0.4]"),
         ("--stddev=nan", "--stddev in [1e-06, 0.4]"),
         ("--learning_rate=inf", "a positive, finite --learning_rate"),
-        ("--descent_rate=-1.0", "a positive, finite --descent_rate"),
         ("--steps=1", "--steps of 2 or more"),
-        ("--batch_size=0", "--batch_size of 1 or more"),
-        ("--seed=-1", "--seed in [0, 2^32)"),
         ("--seed=4294967296", "--seed in [0, 2^32)"),
-        ("--population_size=0", "an even --population_size of 2 or more"),
         ("--population_size=3", "an even --population_size of 2 or more"),
     ],
 )
