@@ -1,6 +1,7 @@
 """Small models and data that several test files share."""
 
 import contextlib
+import itertools
 
 import keras
 import numpy as np
@@ -155,6 +156,31 @@ def nodes_of_a_step(model, features=FEATURES):
     definition = graph.as_graph_def(add_shapes=True)
     functions = definition.library.function
     return [*definition.node, *(n for f in functions for n in f.node_def)]
+
+
+# --- cases ---
+
+
+def pairwise(apart=(), **factors):
+    """Few cases, in which any two values of two factors meet.
+
+    Not necessarily those of the two factors `apart`.
+    """
+
+    def pairs(case):
+        met = itertools.combinations(zip(factors, case, strict=True), 2)
+        return {p for p in met if {p[0][0], p[1][0]} != set(apart)}
+
+    left = {case: pairs(case) for case in itertools.product(*factors.values())}
+    missing = set().union(*left.values())
+    while missing:
+        best = max(left, key=lambda case: len(left[case] & missing))
+        missing -= left[best]
+        yield dict(zip(factors, best, strict=True))
+
+
+def name_of(case):
+    return "-".join(map(str, case.values()))
 
 
 # --- replicas ---

@@ -1,5 +1,6 @@
 """Chunks: plans, padding, kept or redrawn noise, ways to evaluate."""
 
+import models
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -27,11 +28,20 @@ def expected_losses(draws, signs):
     ), z.numpy()
 
 
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("chunk", [1, 3, 7, 10])
-@pytest.mark.parametrize("signs", [(1.0,), (1.0, -1.0)])
-def test_losses_and_sums_do_not_depend_on_chunks(graph, keep, chunk, signs):
+@pytest.mark.parametrize(
+    "case",
+    list(
+        models.pairwise(
+            chunk=[1, 3, 7, 10],
+            signs=[(1.0,), (1.0, -1.0)],
+            graph=[False, True],
+            keep=[False, True],
+        )
+    ),
+    ids=models.name_of,
+)
+def test_losses_and_sums_do_not_depend_on_chunks(case):
+    chunk, signs, graph, keep = case.values()
     draws = 7
 
     def run():

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import example_scripts
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -27,8 +28,8 @@ def test_digits_learns_plots_and_exports(tmp_path):
     # Seeds 0 to 4 gave 0.83 to 0.91 after 15 epochs; guessing gives 0.10.
     assert accuracy > 0.7
     assert re.search(r"generations +180\n", output)
-    png = (tmp_path / "plots" / "learning_curve.png").read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 20_000
+    pixels = plt.imread(tmp_path / "plots" / "learning_curve.png")
+    assert pixels.std() > 0.05  # it is not blank
     served = tf.saved_model.load(str(tmp_path / "model"))
     probabilities = served.serve(np.zeros([2, 64], "float32")).numpy()
     np.testing.assert_allclose(probabilities.sum(-1), 1.0, rtol=1e-5)

@@ -68,9 +68,8 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 @pytest.mark.parametrize(
     "name, option",
     [
-        *itertools.product(ARCHITECTURES, [None, "jit_compile"]),
-        ("gru", "run_eagerly"),
-        ("conv", "run_eagerly"),
+        *itertools.product(ARCHITECTURES, [None]),
+        *itertools.product(["gru", "conv"], ["jit_compile", "run_eagerly"]),
     ],
 )
 def test_members_are_the_networks_of_their_weights(name, option):
@@ -114,8 +113,9 @@ def test_attention():
     model.compile(optimizer=models.make_optimizer(), loss="mse")
     model.optimizer.build(model.trainable_variables)
     x = np.random.default_rng(0).normal(size=(16, 5, 3)).astype("float32")
-    history = models.fit(model, x, x.mean((1, 2)), epochs=8)
-    assert history["loss"][-1] < history["loss"][0]
+    history = models.fit(model, x, x.mean((1, 2)), epochs=40)
+    # Seeds 0 to 5 gave .14 at most; a constant has .3 of it.
+    assert history["loss"][-1] < 0.25 * history["loss"][0]
 
 
 def test_masked_steps_do_not_count():
@@ -129,7 +129,7 @@ def test_masked_steps_do_not_count():
         model = models.make_model(
             [
                 layers.Embedding(6, 3, mask_zero=True),
-                layers.GRU(4),
+                layers.SimpleRNN(4),
                 layers.Dense(1),
             ],
             shape=tokens.shape[1:],
@@ -226,26 +226,19 @@ def test_all_chunks_share_the_dropout_mask_in_a_graph(option):
     assert losses[0][0] != losses[1][0]
 
 
-@pytest.mark.parametrize(
-    "policy", ["mixed_float16", "mixed_bfloat16", "bfloat16", "float64"]
-)
-def test_dtype_policies(policy):
-    keras.config.set_dtype_policy(policy)
+def test_a_network_of_bfloat16():
+    """With SGD: Keras's Adam stands still, 0.999 is 1 there."""
+    keras.config.set_dtype_policy("bfloat16")
     x, y = models.make_data(96)
-    # Keras's Adam stands still in bfloat16: 0.999 is 1 there.
-    inner = keras.optimizers.SGD(5.0 if policy == "bfloat16" else 1.0)
     model = models.make_model(
         metrics=["accuracy"],
-        optimizer=models.make_optimizer(inner_optimizer=inner),
+        optimizer=models.make_optimizer(
+            inner_optimizer=keras.optimizers.SGD(5.0)
+        ),
     )
     history = models.fit(model, x, y, epochs=12, batch_size=32)
     assert history["accuracy"][-1] > history["accuracy"][0] + 0.15
-    wrapped = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    assert wrapped == (policy == "mixed_float16")
-    dtype = {"bfloat16": "bfloat16", "float64": "float64"}.get(
-        policy, "float32"
-    )
-    assert model.trainable_variables[0].dtype == dtype
+    assert model.trainable_variables[0].dtype == "bfloat16"
 
 
 def test_unbuilt_models():
@@ -311,18 +304,21 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("variance", ["layerwise", "separable"])
-def test_other_noise_among_other_layers(name, variance):
-    """All weights move, chunk by chunk as at once, under XLA as without."""
+@pytest.mark.parametrize(
+    "name, variance, option",
+    [
+        ("conv", "separable", "run_eagerly"),
+        ("gru", "layerwise", "jit_compile"),
+        ("dropout", "layerwise", "run_eagerly"),  # its masks differ under XLA
+    ],
+)
+def test_other_noise_among_other_layers(name, variance, option):
+    """All weights move, chunk by chunk as at once, and run otherwise."""
     data, body = MIXTURES[name]
     x, y = data()
     states = []
-    ways = [({}, {}), ({"chunk_size": 2}, {}), ({}, {"run_eagerly": True})]
-    # (Dropout's masks are others under XLA.)
-    if name != "dropout" and variance == "layerwise":
-        ways.append(({}, {"jit_compile": True}))
-    for kwargs, option in ways:
+    ways = [({}, {}), ({"chunk_size": 2}, {}), ({}, {option: True})]
+    for kwargs, compiling in ways:
         keras.utils.set_random_seed(0)
         model = models.make_model(
             body(),
@@ -334,7 +330,7 @@ def test_other_noise_among_other_layers(name, variance):
                 fitness_shaping="identity",
                 **kwargs,
             ),
-            **option,
+            **compiling,
         )
         before = model.get_weights()
         model.train_on_batch(x, y)
@@ -346,17 +342,3 @@ def test_other_noise_among_other_layers(name, variance):
         states.append(models.weights(model))
     for state in states[1:]:
         np.testing.assert_allclose(state, states[0], rtol=1e-3, atol=2e-5)
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", [LR, LOW_RANK])
-def test_mixed_precision_of_other_noise(kind, policy):
-    keras.config.set_dtype_policy(policy)
-    x, y = models.make_data()
-    keras.utils.set_random_seed(0)
-    model = models.make_model(
-        [kind(5, activation="relu"), kind(3)],
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    models.fit(model, x, y, epochs=20)
-    assert models.accuracy(model, x, y) > 0.9

@@ -82,11 +82,9 @@ def low_rank_model(loss, rank, units=OUT, inputs=IN, **kwargs):
 @pytest.mark.parametrize(
     "rank, variance, antithetic",
     [
-        (1, "isotropic", True),
         (1, "layerwise", False),
         (1, "separable", True),
-        (4, "layerwise", True),
-        (4, "separable", False),
+        (4, "isotropic", True),
     ],
 )
 def test_unbiased(rank, variance, antithetic):
@@ -96,7 +94,7 @@ def test_unbiased(rank, variance, antithetic):
     weight's own estimate is the mean of its row and of its column (A^2 does
     not differ between columns: the projection changes nothing). 60 steps of
     1024 members. A Student-t with 59 degrees of freedom is beyond 5 with a
-    probability of 6e-6: of 5 tests of 16 numbers, 5e-4.
+    probability of 6e-6: of 3 tests of 16 numbers, 3e-4.
     """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(BATCH, IN)), rng.normal(size=(BATCH, OUT))
@@ -119,13 +117,13 @@ def test_unbiased(rank, variance, antithetic):
     assert np.median(error / np.abs(want)) < 0.1
 
 
-@pytest.mark.parametrize("rank", [1, 4, 64])
+@pytest.mark.parametrize("rank", [1, 16])
 def test_tends_to_full_rank_as_r_grows(rank):
     """f = w^3, one weight at 0: E[f E] / sigma = sigma^2 (3 + 6 / r).
 
     E[E^4] = 3 + 6/r, and 3 for a normal number. 60 steps of 4096 members; a
     Student-t with 59 degrees of freedom is beyond 5 with probability 6e-6.
-    Rank 64 is within 5 % of full rank, and 4 is 50 % from it.
+    Rank 16 is within 13 % of full rank, and 1 has three times as much.
     """
     model = make_model(
         [lambda: LowRankDense(1, rank=rank, use_bias=False)],
@@ -147,15 +145,13 @@ def test_tends_to_full_rank_as_r_grows(rank):
 
 
 def test_outside_of_training_it_is_dense():
-    x, y = models.make_data()
+    x, _ = models.make_data()
     model = models.make_model([LowRankDense(3, activation="softmax")])
     twin = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(3, activation="softmax")]
     )
     twin.set_weights(model.get_weights())
     np.testing.assert_array_equal(model(x, training=True), twin(x))
-    history = models.fit(model, x, y, epochs=10)
-    assert history["loss"][-1] < history["loss"][0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy as python_copy
 import math
 
 import keras
+import models
 import numpy as np
 import pytest
 import reference
@@ -172,11 +173,20 @@ def test_three_independent_steps_by_hand(fixed_noise):
         )
 
 
-@pytest.mark.parametrize("shaping", reference.SHAPINGS)
-@pytest.mark.parametrize("antithetic", [True, False])
-@pytest.mark.parametrize("natural", [True, False])
-@pytest.mark.parametrize("variance", STRUCTURES)
-def test_steps_match_the_reference(variance, natural, antithetic, shaping):
+@pytest.mark.parametrize(
+    "case",
+    list(
+        models.pairwise(
+            shaping=list(reference.SHAPINGS),
+            variance=STRUCTURES,
+            natural=[True, False],
+            antithetic=[True, False],
+        )
+    ),
+    ids=models.name_of,
+)
+def test_steps_match_the_reference(case):
+    shaping, variance, natural, antithetic = case.values()
     variables = make_variables()
     optimizer = make(
         variance,
@@ -256,14 +266,13 @@ def test_an_eager_objective_is_called_once_a_member(population_size):
 
 
 def test_a_seed_is_a_trajectory():
-    np.testing.assert_array_equal(run(seed=1)[0], run(seed=1)[0])
-    assert np.all(run(seed=1)[0] != run(seed=2)[0])
+    """Drawn from Python's random numbers, or given."""
     keras.utils.set_random_seed(5)
     first = run(seed=None)[0]
     assert np.all(run(seed=None)[0] != first)
     keras.utils.set_random_seed(5)
     np.testing.assert_array_equal(run(seed=None)[0], first)
-    run(seed=2**63 - 1)
+    assert np.all(run(seed=2**63 - 1)[0] != first)
 
 
 def test_keras_variables_and_numpy_objectives():
@@ -285,10 +294,11 @@ def test_keras_variables_and_numpy_objectives():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_lower_precision(dtype):
+    """f falls from 10.25 to less than a quarter; seeds 0 to 9: 1.1 at most."""
     variables = make_variables(dtype)
-    weights, _, means = run(variables=variables, rate=0.1, f=objective)
-    assert np.all(np.isfinite(weights.astype("float64")))
-    assert variables[0].dtype.name == dtype and means[-1] < means[0] + 1
+    weights, _, _ = run(variables=variables, rate=0.5, steps=30)
+    assert objective_np(weights.astype("float64")) < 2.5
+    assert variables[0].dtype.name == dtype
 
 
 @pytest.mark.parametrize("dtype", [tf.int32, tf.bool])
@@ -392,8 +402,16 @@ def test_inner_optimizers_that_cannot_work(inner, more, message):
 # --- bounds ---
 
 
-@pytest.mark.parametrize("variance", STRUCTURES)
-@pytest.mark.parametrize("max_kl", [1e-4, 0.05, 1e4])
+@pytest.mark.parametrize(
+    "variance, max_kl",
+    [
+        ("fixed", 0.05),
+        ("isotropic", 1e-4),
+        ("layerwise", 0.05),
+        ("separable", 1e-4),
+        ("separable", 1e4),
+    ],
+)
 def test_max_kl_bounds_the_step_really_taken(variance, max_kl):
     inner = keras.optimizers.AdamW(0.3, weight_decay=0.1)
     variables = make_variables()
@@ -451,8 +469,16 @@ def test_stddevs_have_the_shapes_of_the_variables():
 # --- losses that are not finite ---
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("shaping", reference.SHAPINGS)
+@pytest.mark.parametrize(
+    "shaping, bad",
+    [
+        ("identity", math.nan),
+        ("identity", -math.inf),
+        ("standardize", math.inf),
+        ("centered_rank", -math.inf),
+        ("nes", math.nan),
+    ],
+)
 def test_a_non_finite_member_counts_as_the_worst(bad, shaping):
     """The step equals one in which that member's loss is the worst."""
     ranked = shaping in ("centered_rank", "nes")
@@ -523,24 +549,22 @@ def test_a_step_without_any_finite_loss_changes_nothing(graph):
 
 
 def test_a_resumed_search_is_the_uninterrupted_one():
-    for variance in STRUCTURES:
-        variables = make_variables()
-        optimizer = make(variance, inner=keras.optimizers.Adam(0.1))
-        store = {}
-        for step in range(6):
-            if step == 3:
-                optimizer.save_own_variables(store)
-                resumed = [tf.Variable(v) for v in variables]
-            optimizer.minimize(objective, variables)
-        copy = keras_vo.VOOptimizer.from_config(optimizer.get_config())
-        copy.build(resumed)
-        copy.load_own_variables(store)
-        for _ in range(3):
-            copy.minimize(objective, resumed)
-        np.testing.assert_array_equal(flat(resumed), flat(variables))
-        np.testing.assert_array_equal(
-            flat(copy.stddevs), flat(optimizer.stddevs)
-        )
+    """Without a model; of models see test_conformance.py."""
+    variables = make_variables()
+    optimizer = make("separable", inner=keras.optimizers.Adam(0.1))
+    store = {}
+    for step in range(6):
+        if step == 3:
+            optimizer.save_own_variables(store)
+            resumed = [tf.Variable(v) for v in variables]
+        optimizer.minimize(objective, variables)
+    copy = keras_vo.VOOptimizer.from_config(optimizer.get_config())
+    copy.build(resumed)
+    copy.load_own_variables(store)
+    for _ in range(3):
+        copy.minimize(objective, resumed)
+    np.testing.assert_array_equal(flat(resumed), flat(variables))
+    np.testing.assert_array_equal(flat(copy.stddevs), flat(optimizer.stddevs))
 
 
 @keras.saving.register_keras_serializable(package="keras_vo_tests")

@@ -1,7 +1,5 @@
 """Losses of single examples: what Keras adds up, and what is refused."""
 
-import itertools
-
 import keras
 import models
 import numpy as np
@@ -31,10 +29,19 @@ def make_problem(masked, positions):
 
 
 @pytest.mark.parametrize(
-    "reduction, weighted, masked, positions",
-    list(itertools.product(REDUCTIONS, *[[False, True]] * 3)),
+    "case",
+    list(
+        models.pairwise(
+            reduction=REDUCTIONS,
+            weighted=[False, True],
+            masked=[False, True],
+            positions=[False, True],
+        )
+    ),
+    ids=models.name_of,
 )
-def test_their_mean_is_the_loss(reduction, weighted, masked, positions):
+def test_their_mean_is_the_loss(case):
+    reduction, weighted, masked, positions = case.values()
     body, x, y = make_problem(masked, positions)
     model = models.make_model(
         body, shape=x.shape[1:], loss=keras.losses.Huber(reduction=reduction)
@@ -115,7 +122,8 @@ def test_several_outputs_with_weights():
     logs = models.fit(model, x, [x[:, :1], y], epochs=10)
     a, b = np.array([logs["a_loss"], logs["b_loss"]])
     np.testing.assert_allclose(logs["loss"], 0.5 * a + 2 * b, rtol=1e-5)
-    assert logs["loss"][-1] < logs["loss"][0]
+    # Seeds 0 to 5 gave .06 to .16.
+    assert logs["loss"][-1] < 0.3 * logs["loss"][0]
     y_pred, targets = model(x), [x[:, :1], y]
     want = model.compute_loss(x, targets, y_pred)
     with per_example.by_example(model):

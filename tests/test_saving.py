@@ -54,15 +54,15 @@ def make(layers="plain", optimizer="layerwise"):
 @pytest.mark.parametrize(
     "layers, optimizer",
     [
-        ("plain", "layerwise"),
-        ("random", "separable"),
         ("random", "fixed"),
-        ("perturbed", "layerwise"),
         ("perturbed", "separable"),
     ],
 )
 def test_resumed_is_uninterrupted(layers, optimizer, tmp_path):
-    """From a .keras file and from a weights file into another model."""
+    """From a .keras file and from a weights file into another model.
+
+    Dropout, batch statistics, schedules and EMA; others: test_conformance.py.
+    """
     model = make(layers, optimizer)
     models.fit(model)
     model.save(tmp_path / "model.keras")
@@ -117,8 +117,8 @@ class Interrupt(keras.callbacks.Callback):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_backup_and_restore(layers, tmp_path):
+def test_backup_and_restore(tmp_path):
+    layers = "random"
     want = make(layers, "separable")
     models.fit(want, epochs=4)
 
@@ -262,13 +262,15 @@ def test_other_processes_serve_and_resume(tmp_path):
         ("functional", functional),
         ("own", own),
     ):
+        if name in ("sequential", "perturbed"):
+            model.export(tmp_path / name, verbose=False)
+            data = tmp_path / f"{name}.npz"
+            np.savez(data, x=x, want=model.predict(x, verbose=0))
+            served += [tmp_path / name, data]
+        if name == "sequential":
+            continue
         models.fit(model)
         model.save(tmp_path / f"{name}.keras")
-        model.export(tmp_path / name, verbose=False)
-        data = tmp_path / f"{name}.npz"
-        np.savez(data, x=x, want=model.predict(x, verbose=0))
-        if name in ("sequential", "perturbed"):
-            served += [tmp_path / name, data]
         models.fit(model)
         want = tmp_path / f"{name}.npy"
         np.save(want, models.weights(model))

@@ -332,9 +332,10 @@ def test_dictionary_inputs():
     model.compile(optimizer=models.make_optimizer(), loss="mse")
     model.optimizer.build(model.trainable_variables)
     history = models.fit(
-        model, {"a": x[:, :2], "b": x[:, 2:]}, x[:, :1], epochs=6
+        model, {"a": x[:, :2], "b": x[:, 2:]}, x[:, :1], epochs=30
     )
-    assert history["loss"][-1] < history["loss"][0]
+    # Seeds 0 to 5 gave .003 at most; a constant has a third of it.
+    assert history["loss"][-1] < 0.05 * history["loss"][0]
 
 
 # --- ways to run ---
@@ -382,14 +383,6 @@ def test_set_random_seed_repeats_a_run():
 
     np.testing.assert_array_equal(run(3, shuffle=True), run(3, shuffle=True))
     assert np.all(run(3, shuffle=False) != run(4, shuffle=False))
-
-
-@pytest.mark.parametrize("chunk_size", [2, 3])
-def test_chunks_do_not_matter(chunk_size):
-    chunked = trained(
-        compiling={"optimizer": models.make_optimizer(chunk_size=chunk_size)}
-    )
-    assert_same_weights(chunked, trained(), rtol=1e-4, atol=1e-6)
 
 
 # --- losses that are not finite ---
