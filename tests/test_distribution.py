@@ -75,14 +75,10 @@ def assert_close(results, expected):
 @pytest.mark.parametrize(
     ("variance", "antithetic", "shaping", "natural", "kinds"),
     [
-        ("fixed", True, "identity", True, "fg"),
         ("fixed", False, "nes", False, "gf"),
-        ("isotropic", True, "nes", True, "gf"),
-        ("isotropic", False, "standardize", True, "fg"),
-        ("layerwise", True, "centered_rank", True, "gf"),
+        ("isotropic", True, "standardize", True, "fg"),
         ("layerwise", False, "identity", False, "fg"),
-        ("separable", True, "standardize", False, "fg"),
-        ("separable", False, "centered_rank", True, "gf"),
+        ("separable", True, "centered_rank", True, "gf"),
     ],
 )
 def test_one_two_and_three_replicas(
@@ -109,20 +105,22 @@ def test_one_two_and_three_replicas(
         assert_close(several, one)
 
 
-def test_more_replicas_than_pairs():
-    one = minimized(None, population_size=2)
+@pytest.mark.parametrize(
+    ("replicas", "arguments"),
+    [
+        (3, {"population_size": 2}),  # one pair
+        (2, {"population_size": 22, "chunk_size": 4}),
+    ],
+)
+def test_more_replicas_than_pairs_and_chunks_within_replicas(
+    replicas, arguments
+):
+    one = minimized(None, steps=6, **arguments | {"chunk_size": None})
     for kind in ("fitness", "gradient"):
-        results = minimized(mirrored(3), population_size=2, exchange=kind)
+        results = minimized(
+            mirrored(replicas), steps=6, exchange=kind, **arguments
+        )
         assert_close(results, one)
-
-
-@pytest.mark.parametrize("kind", ["fitness", "gradient"])
-def test_chunks_within_replicas(kind):
-    one = minimized(None, population_size=22)
-    results = minimized(
-        mirrored(2), population_size=22, exchange=kind, chunk_size=4
-    )
-    assert_close(results, one)
 
 
 def test_the_bound_of_a_step_is_that_of_one_replica():
@@ -183,8 +181,10 @@ def test_minimize_in_every_context():
 # --- through fit ---
 
 
-def trained(strategy, layers=None, optimizer=None, batches=None, **options):
-    """A model trained for 21 steps by `fit`, and its history."""
+def trained(
+    strategy, layers=None, optimizer=None, batches=None, epochs=4, **options
+):
+    """A model trained by `fit` for epochs of 3 steps, and its history."""
     keras.utils.set_random_seed(1)
     with scope(strategy):
         model = keras_vo.VOSequential(
@@ -208,7 +208,7 @@ def trained(strategy, layers=None, optimizer=None, batches=None, **options):
         batches = same_batches(strategy)
         steps = 3
     history = model.fit(
-        batches, epochs=7, steps_per_epoch=steps, shuffle=False, verbose=0
+        batches, epochs=epochs, steps_per_epoch=steps, shuffle=False, verbose=0
     ).history
     if strategy:
         assert_replicas_are_equal(
@@ -237,16 +237,16 @@ def many_layers():
     ]
 
 
-@pytest.mark.parametrize(
-    ("replicas", "kind"), [(2, "gradient"), (3, "fitness")]
-)
-def test_fit_with_many_kinds_of_layers(replicas, kind):
+def test_fit_with_many_kinds_of_layers():
     """Regularizers, batch statistics and masks of dropout; all are scaled or
     seeded by number of replicas in Keras."""
     assert_same_training(
-        mirrored(replicas),
+        mirrored(3),
         layers=many_layers,
-        optimizer=lambda: {"exchange": kind, "fitness_shaping": "identity"},
+        optimizer=lambda: {
+            "exchange": "fitness",
+            "fitness_shaping": "identity",
+        },
     )
 
 
@@ -287,7 +287,12 @@ def test_options_of_the_inner_optimizer_and_of_compile(replicas, optimizer):
 
 
 def test_eagerly():
-    assert_same_training(mirrored(2), run_eagerly=True)
+    assert_same_training(
+        mirrored(2),
+        optimizer=lambda: {"population_size": 4},
+        run_eagerly=True,
+        epochs=1,
+    )
 
 
 @pytest.mark.parametrize("kind", ["scalar", "compute_loss"])
@@ -411,17 +416,30 @@ def test_the_end_of_data_of_unknown_size_is_no_step():
 
 def test_replicas_without_examples():
     """13 examples in batches of 4 on three replicas: in the last batch two
-    replicas have none, in the others one has two and two have one."""
+    replicas have none, in the others one has two and two have one. All have
+    moving statistics over all examples."""
+    keras.config.set_floatx("float64")
     x, y = data(13)
+    x = x.astype("float64") + 1
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
     strategy = mirrored(3)
-    model, history = trained(strategy, batches=batches)
-    assert int(model.optimizer.iterations.numpy()) == 7 * 4
-    assert int(model.optimizer.generations.numpy()) == 7 * 4
-    assert history["nonfinite_members"] == [0] * 7
+    model, history = trained(
+        strategy,
+        layers=lambda: [keras.layers.BatchNormalization(momentum=0.5)],
+        batches=batches,
+    )
+    mean = np.zeros(4)
+    for _ in range(4):
+        for batch in np.split(x, [4, 8, 12]):
+            mean = 0.5 * mean + 0.5 * batch.mean(0)
+    np.testing.assert_allclose(
+        model.layers[0].moving_mean.numpy(), mean, rtol=1e-9
+    )
+    assert int(model.optimizer.iterations.numpy()) == 4 * 4
+    assert int(model.optimizer.generations.numpy()) == 4 * 4
+    assert history["nonfinite_members"] == [0] * 4
     for name in ("loss", "population_loss", "accuracy"):
         assert np.isfinite(history[name]).all(), name
-    assert history["loss"][-1] < history["loss"][0]
     evaluated = model.evaluate(x, y, batch_size=4, verbose=0)
     predicted = model.predict(x, batch_size=4, verbose=0)
     assert predicted.shape == (13, 2)
@@ -429,27 +447,6 @@ def test_replicas_without_examples():
     np.testing.assert_allclose(
         evaluated[1], np.mean(predicted.argmax(1) == y), rtol=1e-6
     )
-
-
-def test_moving_statistics_of_shards():
-    """All replicas have the mean over all examples, empty shards or not."""
-    keras.config.set_floatx("float64")
-    x, y = data(13)
-    x = x.astype("float64") + 1
-    strategy = mirrored(3)
-    model, _ = trained(
-        strategy,
-        layers=lambda: [keras.layers.BatchNormalization(momentum=0.5)],
-        batches=tf.data.Dataset.from_tensor_slices((x, y)).batch(4),
-    )
-    mean = np.zeros(4)
-    for _ in range(7):
-        for batch in np.split(x, [4, 8, 12]):
-            mean = 0.5 * mean + 0.5 * batch.mean(0)
-    np.testing.assert_allclose(
-        model.layers[0].moving_mean.numpy(), mean, rtol=1e-9
-    )
-    assert np.isfinite(model.evaluate(x, y, batch_size=4, verbose=0)).all()
 
 
 def test_weights_of_examples_on_other_shards():
@@ -491,7 +488,6 @@ LAYERS = {
 @pytest.mark.parametrize(
     ("noise", "kind"),
     [
-        ("full", "fitness"),
         ("full", "gradient"),
         ("low_rank", "fitness"),
         ("local", "fitness"),
@@ -500,10 +496,10 @@ LAYERS = {
 def test_sharded_gradients_are_unbiased(noise, kind):
     """f = mean_b x_b w is linear, so that dU/dw = mean_b x_b over all shards.
 
-    400 steps of SGD at rate 1, each from w = 0, on batches of 7 examples, of
+    200 steps of SGD at rate 1, each from w = 0, on batches of 7 examples, of
     which the replicas have 4 and 3 in half of the steps and 3 and 4 in the
     other half. Six weights within 4.5 standard errors: fails by chance once
-    in 25000 (7e-6 each). The errors are below 0.12, so that a gradient that
+    in 25000 (7e-6 each). The errors are below 0.17, so that a gradient that
     is summed instead of averaged (off by 1), of one shard only (off by up to
     2) or of a wrong share of the members is seen.
     """
@@ -543,14 +539,14 @@ def test_sharded_gradients_are_unbiased(noise, kind):
 
     model.optimizer.build(model.trainable_variables)
     gradients = []
-    for index in range(400):
+    for index in range(200):
         kernel.assign(tf.zeros_like(kernel))
         bias.assign(tf.zeros_like(bias))
         step(*(tf.constant(s) for s in shards[index % 2]))
         gradients.append(-kernel.numpy())
     gradients = np.stack(gradients)
     error = gradients.std(0) / np.sqrt(len(gradients))
-    assert error.max() < 0.12
+    assert error.max() < 0.17
     expected = np.tile(x.mean(0)[:, None], (1, 2))
     # The mean of two shards' means, not of all examples.
     expected = (
@@ -572,6 +568,7 @@ def test_local_reparameterization_beside_other_noise():
         ],
         optimizer=lambda: {"population_size": 24, "exchange": "fitness"},
         batches=tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
+        epochs=7,
     )
     assert history["loss"][-1] < 0.7 * history["loss"][0]
     with pytest.raises(ValueError, match="two for each replica"):
@@ -657,16 +654,16 @@ def test_callbacks_saving_and_resuming(tmp_path):
             )
         return model
 
-    def fit(model, *callbacks):
+    def fit(model, *callbacks, **options):
         return model.fit(
-            x,
-            y,
+            x[:36],
+            y[:36],
             batch_size=16,
             epochs=4,
             shuffle=False,
             verbose=0,
-            validation_split=0.25,
             callbacks=list(callbacks),
+            **options,
         ).history
 
     class Interrupted(Exception):
@@ -679,7 +676,9 @@ def test_callbacks_saving_and_resuming(tmp_path):
 
     whole = made()
     history = fit(
-        whole, keras.callbacks.ModelCheckpoint(tmp_path / "best.keras")
+        whole,
+        keras.callbacks.ModelCheckpoint(tmp_path / "best.keras"),
+        validation_data=(x[36:], y[36:]),
     )
     assert history["val_loss"][-1] < history["val_loss"][0]
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
@@ -716,7 +715,7 @@ def test_weights_are_loaded_before_training_and_outside_of_the_scope(tmp_path):
             optimizer=keras_vo.VOOptimizer(population_size=10), loss=LOSS
         )
     other.load_weights(tmp_path / "model.weights.h5")
-    assert int(other.optimizer.generations.numpy()) == 21
+    assert int(other.optimizer.generations.numpy()) == 12
     for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 

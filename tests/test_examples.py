@@ -93,17 +93,17 @@ def test_readme_code_runs(tmp_path):
 )
 def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path, monkeypatch):
     """On images of squares in one of ten places; as a script, at first."""
+    learns = arguments in (["--dense=local_reparam"], ["--backpropagation"])
+    epochs, size = (3, 1280) if learns else (1, 256)
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, size=1280).astype("uint8")
-    images = rng.integers(0, 50, size=(1280, 28, 28)).astype("uint8")
+    labels = rng.integers(0, 10, size=size).astype("uint8")
+    images = rng.integers(0, 50, size=(size, 28, 28)).astype("uint8")
     for image, label in zip(images, labels, strict=True):
         row, column = divmod(int(label), 5)
         image[14 * row : 14 * row + 9, 5 * column : 5 * column + 5] = 250
     data = {"x_train": images, "y_train": labels}
     data |= {"x_test": images[:100], "y_test": labels[:100]}
     np.savez(tmp_path / "data.npz", **data)
-    learns = arguments in (["--dense=local_reparam"], ["--backpropagation"])
-    epochs = 3 if learns else 1
     arguments = [
         "--data_path=data.npz",
         f"--epochs={epochs}",
@@ -124,7 +124,7 @@ def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path, monkeypatch):
     points = json.loads((tmp_path / "curve.json").read_text())["points"]
     assert points[-1]["accuracy"] == pytest.approx(accuracy, abs=1e-4)
     passes = 3 if "--backpropagation" in arguments else 16
-    assert points[-1]["evaluations"] == epochs * 1280 * passes
+    assert points[-1]["evaluations"] == epochs * size * passes
     png = (tmp_path / "plot.png").read_bytes()
     assert png.startswith(b"\x89PNG")
 
