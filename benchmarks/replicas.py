@@ -33,8 +33,10 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 import keras_vo
-from keras_vo import chunks, evaluation, noise
 from keras_vo.exchange import CostModel
+from keras_vo.search.chunks import ChunkPlan, NoiseSource
+from keras_vo.search.credit import reduce_noise
+from keras_vo.search.members import Members
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -120,16 +122,19 @@ def step_job(strategy, network="mlp", hidden=128, batch=128, **arguments):
 
 def reconstruct_job(strategy, size, draws):
     """Draws all noise again, and sums it."""
-    plan = chunks.ChunkPlan.make(draws, 2, 4 * size, 2**29, None)
+    plan = ChunkPlan.make(draws, 2, 4 * size, 2**29, None)
     utilities = tf.random.normal([draws])
 
     @tf.function
     def reconstruct(generation):
-        seed = noise.generation_seed(tf.constant(0, tf.int64), generation)
-        source = chunks.NoiseSource(plan, seed, size, tf.float32)
-        return evaluation.reduce_noise(
-            source,
-            lambda draws, u: [tf.linalg.matvec(draws.weights, u, True)],
+        members = Members.of_generation(
+            tf.constant(0), generation, 2 * draws, antithetic=True
+        )
+        return reduce_noise(
+            NoiseSource(plan, members, size, tf.float32),
+            lambda noise, _, rows: [
+                tf.linalg.matvec(noise.weights, rows[0], True)
+            ],
             [utilities],
         )[0]
 

@@ -23,11 +23,12 @@ import tensorflow as tf
 from absl import app, flags
 
 import keras_vo
-from keras_vo.chunks import ChunkPlan, NoiseSource
-from keras_vo.estimators import weighted_excess, weighted_noise
-from keras_vo.evaluation import Outcome, evaluate_population
-from keras_vo.layout import WeightLayout
-from keras_vo.noise import generation_seed
+from keras_vo.evaluation import graph
+from keras_vo.search.chunks import ChunkPlan, NoiseSource
+from keras_vo.search.credit import MEMBER
+from keras_vo.search.estimators import weighted_excess, weighted_noise
+from keras_vo.search.layout import WeightLayout
+from keras_vo.search.members import Members
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("population_sizes", ["256", "1024", "16384"], "Cells.")
@@ -159,8 +160,10 @@ def measure_parts(population_size):
 
     def source():
         calls.assign_add(1)
-        seed = generation_seed(tf.constant(0), calls)
-        return NoiseSource(plan, seed, layout.size, tf.float32)
+        members = Members.of_generation(
+            tf.constant(0), calls, population_size, antithetic=True
+        )
+        return NoiseSource(plan, members, layout.size, tf.float32)
 
     @tf.function
     def draw():
@@ -171,30 +174,27 @@ def measure_parts(population_size):
             (tf.constant(0), 0.0),
         )
 
-    def gradient(draws, records, weights):
+    def gradient(noise, records, rows):
         return [
-            weighted_noise(draws.weights, weights),
-            weighted_excess(draws.weights, weights, layout),
+            weighted_noise(noise.weights, rows[0]),
+            weighted_excess(noise.weights, rows[0], layout),
         ]
 
+    def member(noise, sign):
+        return {MEMBER: loss(mean + sign * STDDEV * noise.weights)}, ()
+
     def evaluate():
-        return evaluate_population(
-            lambda draws, sign: Outcome(
-                loss(mean + sign * STDDEV * draws.weights)
-            ),
-            source(),
-            (1.0, -1.0),
-        )
+        return graph.evaluate(member, source())
 
     @tf.function
     def with_gradient():
         population = evaluate()
-        losses = population.losses
+        losses = population.losses[MEMBER]
         return population.reduce(gradient, [losses[:pairs] - losses[pairs:]])
 
     parts = {
         "noise_ms": draw,
-        "evaluation_ms": tf.function(lambda: evaluate().losses),
+        "evaluation_ms": tf.function(lambda: evaluate().losses[MEMBER]),
         "gradient_ms": with_gradient,
         "rest_ms": keras_vo_step(population_size),
     }

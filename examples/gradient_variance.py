@@ -68,7 +68,8 @@ from absl import app, flags, logging
 from sklearn.datasets import load_digits
 
 import keras_vo
-from keras_vo import estimators, fitness_shaping
+from keras_vo import fitness_shaping
+from keras_vo.search import estimators
 
 matplotlib.use("agg")
 
@@ -165,8 +166,10 @@ def search_gradients(losses, noise, sigma, baseline=False):
     utilities = tf.transpose(tf.convert_to_tensor(losses))
     if baseline:
         utilities = fitness_shaping.identity(utilities, antithetic)
+    by_sign = tf.reshape(utilities, [1 + antithetic, noise.shape[1], -1])
     odd, even = map(
-        tf.transpose, estimators.pair_utilities(utilities, antithetic)
+        tf.transpose,
+        estimators.pair_utilities(tf.transpose(by_sign, [1, 0, 2])),
     )
     distribution = keras_vo.GaussianSearchDistribution("separable")
     layout = distribution.layout([noise[0, 0]])

@@ -13,10 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_vo import checks, dashboard, distribution
-from keras_vo.diagnostics import NUMBERS, StepObserver
+from keras_vo import checks
+from keras_vo.monitor import dashboard
+from keras_vo.monitor.observer import NUMBERS, StepObserver
+from keras_vo.monitor.records import CsvRecord, TensorBoardRecord
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
-from keras_vo.records import CsvRecord, TensorBoardRecord
+from keras_vo.replicas import workers
 
 __all__ = ["SearchMonitor"]
 
@@ -49,7 +51,7 @@ class SearchMonitor(keras.callbacks.Callback):
     - `gradient_norm`, `gradient_cosine`: norm of the search gradient that the
       inner optimizer gets, and the cosine between it and the one before.
     - `gradient_snr`: power of its signal over power of its noise, as halves of
-      the population show them (`keras_vo/signal_to_noise.py`): near 0 for
+      the population show them (`keras_vo/search/signal_to_noise.py`): near 0 for
       noise alone, -1 at least. It is the noise of the perturbations, not that
       of the choice of the batch.
     - `kl`: divergence between the search distributions before and after the
@@ -64,7 +66,7 @@ class SearchMonitor(keras.callbacks.Callback):
 
     A step without a finite loss moves nothing: its `kl` is 0, and NaN stands
     for its utilities and its gradient. NaN are the cosine of the first step
-    and the SNR of a single draw, too; with `LocalReparamDense` the SNR is
+    and the SNR of a single direction, too; with `LocalReparamDense` the SNR is
     measured in one of eight steps. Means over an epoch leave NaN out.
 
     The numbers are computed within the step; nothing else about it changes,
@@ -262,7 +264,7 @@ class SearchMonitor(keras.callbacks.Callback):
                 "Expected one optimizer at a time. Received: a monitor that "
                 "is attached to another one (`detach()` it first)"
             )
-        self._writes = distribution.is_first_worker(optimizer.strategy)
+        self._writes = workers.is_first_worker(optimizer.strategy)
         if self._writes:  # first: it may fail
             for record in self._records:
                 record.open()

@@ -12,10 +12,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_vo.search.credit import MEMBER
+
 __all__ = [
     "check_batch",
     "check_variables",
     "checked_integer",
+    "checked_losses",
     "checked_number",
     "checked_scalar",
     "checked_seed",
@@ -113,6 +116,18 @@ def checked_scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
             f"Received: a tensor of shape {tuple(loss.shape)}"
         )
     return tf.cast(loss, dtype)
+
+
+def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
+    """An objective's value, a scalar or a dict of losses by level of credit.
+
+    Args:
+        value: it.
+        dtype: that the losses get.
+    """
+    by_level = value if isinstance(value, dict) else {MEMBER: value}
+    losses = {k: tf.cast(v, dtype) for k, v in by_level.items() if k != MEMBER}
+    return {MEMBER: checked_scalar(by_level[MEMBER], dtype), **losses}
 
 
 def check_batch(values: tf.Tensor, inputs: tf.Tensor, requirement: str) -> None:

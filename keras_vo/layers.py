@@ -1,7 +1,7 @@
 """Dense layers that are perturbed in ways of their own.
 
 While a population is evaluated, each of these layers asks the current scope
-(see `perturbation`) for its perturbation. Everywhere else they are
+(see `keras_vo.perturbations.scope`) for its perturbation. Everywhere else they are
 `keras.layers.Dense`.
 """
 
@@ -9,29 +9,52 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
 
-from keras_vo import perturbation
+from keras_vo.keras_compat import keeps_mask, layers_of, mask_of
+from keras_vo.perturbations import registry
+from keras_vo.perturbations.base import DenseCall
+from keras_vo.perturbations.scope import current_scope
 
 __all__ = ["LocalReparamDense", "LowRankDense"]
 
 
 class PerturbedDense(keras.layers.Dense):
-    """`Dense` that asks the current scope for its perturbation."""
+    """`Dense` that asks the current scope for its perturbation.
+
+    Attributes:
+        perturbation: its kind, by name.
+    """
+
+    perturbation: ClassVar[str]
 
     def call(self, inputs: Any, training: Any = None) -> Any:
-        scope = perturbation.current_scope()
+        scope = current_scope()
         if scope is None or not scope.searches(self.kernel):
             return super().call(inputs, training=training)
-        outputs = self._perturbed(scope, inputs)
+        if not tf.as_dtype(inputs.dtype).is_floating:  # as in Dense
+            mask = mask_of(inputs)
+            inputs = keras.ops.cast(inputs, self.compute_dtype)
+            inputs = keeps_mask(inputs, mask)
+        outputs = scope.call(
+            registry.get(self.perturbation),
+            DenseCall(
+                self.name,
+                self.kernel,
+                self.bias,
+                inputs,
+                self.perturbation_options(),
+            ),
+        )
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _perturbed(self, scope: Any, inputs: Any) -> Any:
-        raise NotImplementedError
+    def perturbation_options(self) -> Mapping[str, Any]:
+        """What the layer says to its kind of perturbation."""
+        return {}
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
@@ -49,7 +72,8 @@ class LocalReparamDense(PerturbedDense):
     The marginal distribution of each example's outputs is the same, but the
     examples no longer share their noise, and each is judged by its own loss,
     so that the search gradient has far less variance. The gradients, for the
-    weights and for sigma, are in `keras_vo.local_reparameterization`.
+    weights and for sigma, are in
+    `keras_vo.search.local_reparameterization`.
 
     This needs a loss with a value for each example: a loss whose `reduction`
     is a mean or a sum over the batch (Keras's are), or a `compute_loss` that
@@ -84,13 +108,7 @@ class LocalReparamDense(PerturbedDense):
             Reparameterization Trick", 2015, arXiv 1506.02557.
     """
 
-    def _perturbed(self, scope: Any, inputs: Any) -> Any:
-        outputs = perturbation.shared_product(inputs, self.kernel)
-        if self.bias is not None:
-            outputs = keras.ops.add(outputs, self.bias)
-        return scope.perturb_activations(
-            self.name, self.kernel, self.bias, inputs, outputs
-        )
+    perturbation = "local_reparam"
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
@@ -108,7 +126,7 @@ class LowRankDense(PerturbedDense):
     noise. The bias is perturbed as any other weight. Where each weight has a
     variance of its own ("separable"), a step moves log sigma^2 of the kernel
     by a term for each row and one for each column. The gradients are in
-    `keras_vo.low_rank`. (A regularizer of the kernel reads the perturbed
+    `keras_vo.perturbations.low_rank`. (A regularizer of the kernel reads the perturbed
     kernel, which is then formed.)
 
     Everywhere but in the evaluation of a population (inference, metrics of
@@ -129,19 +147,16 @@ class LowRankDense(PerturbedDense):
             arXiv 2511.16652.
     """
 
+    perturbation = "low_rank"
+
     def __init__(
         self, units: int, *args: Any, rank: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(units, *args, **kwargs)
         self.rank = _checked_rank(rank)
 
-    def _perturbed(self, scope: Any, inputs: Any) -> Any:
-        if not tf.as_dtype(inputs.dtype).is_floating:  # as in Dense
-            inputs = keras.ops.cast(inputs, self.compute_dtype)
-        outputs = scope.low_rank_product(self.kernel, self.rank, inputs)
-        if self.bias is not None:
-            outputs = keras.ops.add(outputs, self.bias)
-        return outputs
+    def perturbation_options(self) -> Mapping[str, Any]:
+        return {"rank": self.rank}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rank": self.rank}
@@ -183,8 +198,7 @@ def convert_dense(model: Any, dense: str) -> None:
         raise ValueError(
             f"`dense` must be one of {list(KINDS)}. Received: dense={dense!r}"
         )
-    # Private: `layers` does not reach the layers inside of layers.
-    for layer in model._flatten_layers():
+    for layer in layers_of(model):
         if type(layer) in KINDS.values():
             if dense == "low_rank":
                 layer.rank = getattr(layer, "rank", 1)
@@ -200,7 +214,7 @@ def updated_weights(model: Any) -> list[Any]:
     """
     frozen = {
         id(variable)
-        for layer in model._flatten_layers()
+        for layer in layers_of(model)
         if not layer.trainable
         for variable in layer.variables
     }
@@ -217,7 +231,7 @@ def as_dense(model: Any) -> Iterator[None]:
     """Lets a model's layers be Dense, for a file that names their classes."""
     classes = [
         (layer, type(layer))
-        for layer in model._flatten_layers()
+        for layer in layers_of(model)
         if isinstance(layer, PerturbedDense)
     ]
     for layer, _ in classes:

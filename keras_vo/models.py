@@ -11,10 +11,8 @@ from typing import Any
 
 import keras
 
-# Keras does not export the class that functional models are instances of.
-from keras.src.models.functional import Functional
-
 from keras_vo import layers
+from keras_vo.keras_compat import Functional, unpickle
 from keras_vo.training import VOTrainStep
 
 __all__ = ["VOModel", "VOSequential", "make_variational"]
@@ -110,7 +108,7 @@ class VariationalSubclass(_KeepsDense):
     def __reduce__(self) -> Any:
         # Keras would pickle a method of the class, which is not importable.
         _, arguments = super().__reduce__()
-        return keras.Model._unpickle_model, arguments
+        return unpickle(keras.Model), arguments
 
     def get_config(self) -> dict[str, Any]:
         variational = type(self)

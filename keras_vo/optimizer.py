@@ -1,10 +1,7 @@
 """VOOptimizer: variational optimization as a Keras optimizer.
 
-    seeds -> noise -> perturbed weights -> losses -> utilities
-          -> search gradient -> natural gradient -> mu, sigma
-
-Each arrow is a function of another module; this one owns the state (seed,
-generation, sigma, and the inner optimizer that moves mu) and wires them.
+This module has the arguments; `keras_vo.search_variables` owns the variables,
+and a step is one of `keras_vo.search.engine.Search`.
 
 References:
     [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
@@ -15,30 +12,21 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
-from keras_vo import adaptation, checks, distribution, estimators
-from keras_vo import exchange as exchange_lib
+from keras_vo import checks
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
-from keras_vo import noise as noise_lib
 from keras_vo import search_distribution as distribution_lib
-from keras_vo.chunks import ChunkPlan, NoiseSource
-from keras_vo.diagnostics import ObservedStep, StepObserver
-from keras_vo.evaluation import Outcome, evaluate_population
-from keras_vo.layout import layer_groups, layer_names
-from keras_vo.perturbation import Recording
-from keras_vo.replicas import Share, shaped_where_evaluated, was_evaluated
-from keras_vo.signal_to_noise import Probe
-from keras_vo.spaces import SearchGradient, SearchSpaces
+from keras_vo.replicas import cost, strategies
+from keras_vo.search.credit import Generation
+from keras_vo.search.engine import Settings
+from keras_vo.search.rules import MaxKL
+from keras_vo.search_variables import SearchVariables
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
@@ -56,25 +44,8 @@ _PLAIN_MODEL = (
 )
 
 
-class Generation(NamedTuple):
-    """What one step of the search evaluated.
-
-    Attributes:
-        losses: the members' losses [N], as evaluated; NaN for a member whose
-            replica had no examples. With antithetic sampling, member n + N/2
-            mirrors member n.
-        mean_loss: their mean, a scalar: an estimate of the upper bound
-            U [1, eq. 6]. Non-finite losses are left out; NaN if all are.
-        nonfinite_members: how many losses were not finite, int32.
-    """
-
-    losses: tf.Tensor
-    mean_loss: tf.Tensor
-    nonfinite_members: tf.Tensor
-
-
 @keras.saving.register_keras_serializable(package="keras_vo")
-class VOOptimizer(keras.optimizers.Optimizer):
+class VOOptimizer(SearchVariables):
     """Trains weights by variational optimization, from forward passes only.
 
     Instead of the loss f(w), it minimises the upper bound
@@ -172,7 +143,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 "the mean (learning rate, weight decay, clipping, EMA) is set "
                 f"on `inner_optimizer`. Received: {kwargs}"
             )
-        super().__init__(learning_rate=0.0, name=name)
+        super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
         self.population_size = checks.checked_size(population_size, antithetic)
         self.search_distribution = distribution_lib.get(search_distribution)
@@ -190,151 +161,7 @@ class VOOptimizer(keras.optimizers.Optimizer):
         self.memory_budget = checks.checked_integer(
             "memory_budget", memory_budget
         )
-        self.exchange = exchange_lib.checked_exchange(exchange)
-        self._strategy = distribution.current_strategy()
-        self.observer: StepObserver | None = None
-
-    # --- state ---
-
-    def build(self, variables: Sequence[Any]) -> None:
-        """Creates sigma, the seed, and the inner optimizer's variables.
-
-        Args:
-            variables: the trainable variables, mu.
-
-        Raises:
-            ValueError: there are none, one of them is not floating, or they
-                and the optimizer are made under different strategies.
-        """
-        if self.built:
-            return
-        with distribution.entered(self._strategy):
-            self._build(list(variables))
-
-    def _build(self, variables: list[Any]) -> None:
-        checks.check_variables(variables)
-        if distribution.current_strategy() is not None:
-            inner_lib.check_no_overwriting(self.inner_optimizer)
-        self._layout = self.search_distribution.layout(variables)
-        self._layers = layer_groups(variables), layer_names(variables)
-        self._blocks = self.search_distribution.blocks(variables)
-        self._variable_ids = tuple(id(v) for v in variables)
-        self._variable_names = tuple(checks.variable_name(v) for v in variables)
-        distribution.check_created_in_scope(
-            [self.generations, self.iterations, *variables]
-        )
-        self.inner_optimizer.build(variables)
-        seed = random.randint(0, 2**31 - 1) if self.seed is None else self.seed
-        # By an initializer: several machines then all have that of the first.
-        self._seed = self.add_variable(
-            (),
-            initializer=lambda shape, dtype: tf.constant(seed, dtype),
-            dtype="int64",
-            name="seed",
-        )
-        follows = self.search_distribution.follows_mean and any(
-            adaptation.follows(self._blocks, self.population_size)
-        )
-        stddev = self.search_distribution.stddev
-        if follows:
-            stddev = adaptation.initial(stddev, self._blocks)
-            if stddev != self.search_distribution.stddev:
-                logging.info(
-                    "Sigma starts at %.3g, 1 / sqrt(fan in): stddev=%g is "
-                    "above 3 / sqrt(fan in), see `follow_mean`.",
-                    stddev,
-                    self.search_distribution.stddev,
-                )
-        self._log_variance = self._beta_variable("log_variance", stddev)
-        self._base = self._averaged_mean = None
-        if follows:
-            self._base = self._beta_variable("base_log_variance", stddev)
-            self._averaged_mean = self.add_variable(
-                (self._layout.size,),
-                dtype=self._layout.dtype.name,
-                name="averaged_mean",
-            )
-            self._averaged_mean.assign(self._layout.flatten(variables))
-        super().build(variables)
-        if self.observer is not None:
-            self.observer.build(self._layout, *self._layers)
-
-    def _beta_variable(self, name: str, stddev: float) -> Any:
-        """A log variance of each group, at first that of `stddev`."""
-        variable = self.add_variable(
-            (len(self._layout.group_sizes),),
-            dtype=self._layout.dtype.name,
-            name=name,
-        )
-        beta = tf.constant(2.0 * math.log(stddev), self._layout.dtype)
-        beta = self.search_distribution.bounded(beta)
-        # By assignment: an initializer's constant passes through float32.
-        variable.assign(tf.fill(variable.shape, beta))
-        return variable
-
-    def observe(self, observer: StepObserver | None) -> None:
-        """Lets `observer` see each step whose graph is made from now on.
-
-        Args:
-            observer: it; `None`: no one.
-        """
-        self.observer = observer
-        if self.built and observer is not None:
-            with distribution.entered(self._strategy):
-                observer.build(self._layout, *self._layers)
-
-    @property
-    def strategy(self) -> Any:
-        """The tf.distribute strategy it is made under; `None`: no one."""
-        return self._strategy
-
-    @property
-    def variables(self) -> list[Any]:
-        """The search's own variables, then the inner optimizer's."""
-        return super().variables + self.inner_optimizer.variables
-
-    @property
-    def iterations(self) -> Any:
-        """Number of updates of the mean (and what its schedule counts)."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def generations(self) -> Any:
-        """Number of populations drawn: updates, and steps without one."""
-        return super().iterations
-
-    @property
-    def base_seed(self) -> Any:
-        """The variable that seeds all noise, a scalar int64."""
-        self._check_built("base_seed")
-        return self._seed
-
-    @property
-    def learning_rate(self) -> Any:
-        """The learning rate of the mean: the inner optimizer's."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def stddevs(self) -> list[tf.Tensor]:
-        """Current sigma, a tensor of each trainable variable's shape.
-
-        Raises:
-            ValueError: the optimizer is not built yet.
-        """
-        self._check_built("stddevs")
-        stddev = self._stddev(tf.convert_to_tensor(self._log_variance))
-        return self._layout.unflatten(
-            tf.broadcast_to(stddev, [self._layout.size])
-        )
-
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    # --- the search ---
+        self.exchange = cost.checked_exchange(exchange)
 
     def minimize(
         self, objective: Objective, variables: Sequence[Any]
@@ -365,433 +192,33 @@ class VOOptimizer(keras.optimizers.Optimizer):
                 whose value is not a scalar.
         """
         variables = list(variables)
-        with distribution.entered(self._strategy):
+        with strategies.entered(self._strategy):
             self._build_outside_of_replicas(variables)
-            return distribution.on_each_replica(
+            return strategies.on_each_replica(
                 lambda: self.step(objective, variables).mean_loss
             )
 
-    def step(
-        self,
-        objective: Objective,
-        variables: Sequence[Any],
-        jit_compile: bool = False,
-        recording: Recording | None = None,
-        example_weights: Any = 1.0,
-        batch_size: tf.Tensor | None = None,
-    ) -> Generation:
-        """Evaluates one generation and updates mu and sigma.
-
-        If no member's loss is finite, weights, sigma and the inner optimizer
-        are left as they are; only the next generation's noise is another.
-
-        Args:
-            objective: see `minimize`. Where `recording` has calls whose
-                activations are perturbed, it returns a pair: the scalar, and
-                the losses [batch] of the examples.
-            variables: see `minimize`.
-            jit_compile: whether XLA compiles the evaluation of the members.
-            recording: what the layers of `keras_vo.layers` have recorded;
-                `None`: nothing.
-            example_weights: what the examples' losses are weighted with,
-                [batch]. Losses are shaped without it and utilities weighted
-                with it: ranks know no weights.
-            batch_size: number of examples that this replica has; 0: its
-                members count for nothing. `None`: not a matter of examples.
-
-        Returns:
-            The evaluated generation.
-        """
-        variables = list(variables)
-        self._build_outside_of_replicas(variables)
-        self._check_same(variables)
-        layout = self._layout
-        log_variance = tf.convert_to_tensor(self._log_variance)
-        mean = layout.flatten(variables)
-        scale = self._mean_scale(log_variance)
-        recording = recording or Recording(variables)
-        spaces = SearchSpaces(
-            layout,
-            variables,
-            log_variance,
-            recording,
-            self.search_distribution.adapts,
-            self._probe(scale),
-        )
-
-        def outcome(weights: list[tf.Tensor]) -> Outcome:
-            value = objective(weights)
-            if not recording.sites:
-                return Outcome(checks.checked_scalar(value, layout.dtype))
-            loss, examples = value
-            return Outcome(
-                checks.checked_scalar(loss, layout.dtype),
-                (tf.cast(examples, layout.dtype),),
-            )
-
-        replicas = distribution.current_replicas()
-        share = self._share(replicas, recording)
-        source = self._noise_source(spaces, share)
-        population = evaluate_population(
-            spaces.member(outcome),
-            source,
-            (1.0, -1.0) if self.antithetic else (1.0,),
-            jit_compile=jit_compile,
-        )
-        losses, utilities, evaluated = self._judged(
-            population.losses, batch_size, share, replicas
-        )
-        gradient = spaces.gradients(
-            population,
-            utilities,
-            [
-                self._example_utilities(examples, example_weights)
-                for examples in population.examples
-            ],
-            self._signs,
-            share,
-            replicas,
-            self._whole_noise(spaces, source, share, replicas),
-        )
-        gradient = self._preconditioned(gradient, scale)
-        finite = tf.math.is_finite(losses)
-
-        # Where a batch can't be had (the end of the data), nothing is counted.
-        with tf.control_dependencies([losses]):
-            self._update_where(
-                tf.reduce_any(finite),
-                variables,
-                mean,
-                log_variance,
-                gradient,
-            )
-            if self.observer is not None:
-                self.observer.observe(
-                    ObservedStep(
-                        layout,
-                        tf.convert_to_tensor(self.generations),
-                        spaces.means,
-                        [tf.convert_to_tensor(v) for v in variables],
-                        log_variance,
-                        tf.convert_to_tensor(self._log_variance),
-                        gradient,
-                        self._signs,
-                        losses,
-                        utilities,
-                        evaluated,
-                    )
-                )
-            self.assign_add(self.generations, 1)
-        return Generation(
-            losses,
-            tf.reduce_mean(tf.boolean_mask(losses, finite)),
-            tf.math.count_nonzero(evaluated & ~finite, dtype=tf.int32),
-        )
-
-    @property
-    def _signs(self) -> int:
-        """Members of a draw."""
-        return 2 if self.antithetic else 1
-
-    def _share(
-        self, replicas: distribution.Replicas, recording: Recording
-    ) -> Share:
-        """Which draws the current replica evaluates."""
-        draws = self.population_size // self._signs
-        if recording.sites and draws // replicas.count * self._signs < 2:
-            raise ValueError(
-                "LocalReparamDense compares the members that see the same "
-                "examples. Expected: a population_size of "
-                f"{2 * replicas.count} or more, two for each replica. "
-                f"Received: population_size={self.population_size} on "
-                f"{replicas.count} replicas"
-            )
-        return Share.make(draws, replicas.index, replicas.count)
-
-    def _judged(
-        self,
-        losses: tf.Tensor,
-        batch_size: tf.Tensor | None,
-        share: Share,
-        replicas: distribution.Replicas,
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """From this replica's losses to those of all members, their
-        utilities, and which of them were evaluated, [N] each.
-        """
-        if replicas.count == 1:
-            return (
-                losses,
-                self._shape_fitness(losses),
-                tf.ones_like(losses, tf.bool),
-            )
-        some = True if batch_size is None else batch_size > 0
-        (losses,) = replicas.sum([share.place(losses, some)])
-        evaluated = was_evaluated(losses)
-        utilities = shaped_where_evaluated(
-            self._shape_fitness, losses, evaluated, self._signs
-        )
-        return tf.where(evaluated, losses, math.nan), utilities, evaluated
-
-    def _whole_noise(
-        self,
-        spaces: SearchSpaces,
-        source: NoiseSource,
-        share: Share,
-        replicas: distribution.Replicas,
-    ) -> NoiseSource | None:
-        """All draws' noise, to sum it here; `None`: each replica sums its own.
-
-        Noise of activations belongs to the replica that has the examples.
-        """
-        if replicas.count == 1:
-            return None
-        exchange = self.exchange
-        if exchange == "auto":
-            costs = exchange_lib.cost_model(
-                distribution.is_multi_worker(distribution.current_strategy())
-            )
-            exchange = costs.cheaper(
-                share.draws,
-                spaces.noise_size,
-                spaces.gradient_size,
-                replicas.count,
-            )
-        if exchange == "gradient":
-            return None
-        return dataclasses.replace(
-            source,
-            plan=self._chunk_plan(spaces, share.draws, 0),
-            first=0,
-            activations=(),
-        )
-
-    def _example_utilities(self, losses: tf.Tensor, weights: Any) -> tf.Tensor:
-        """Utilities [N, batch] from losses alike, of weighted examples."""
-        weights = tf.cast(weights, losses.dtype)
-        return weights * self._shape_fitness(
-            tf.math.divide_no_nan(losses, weights)
-        )
-
-    def _stddev(self, log_variance: tf.Tensor) -> tf.Tensor:
-        return self._layout.expand(tf.exp(0.5 * log_variance))
-
-    def _noise_source(self, spaces: SearchSpaces, share: Share) -> NoiseSource:
-        seed = noise_lib.generation_seed(
-            tf.convert_to_tensor(self._seed),
-            tf.convert_to_tensor(self.generations),
-        )
-        return NoiseSource(
-            self._chunk_plan(
-                spaces, share.size, spaces.activation_bytes(self._signs)
-            ),
-            seed,
-            spaces.noise_size,
-            self._layout.dtype,
-            spaces.activations,
-            share.start,
-        )
-
-    def _chunk_plan(
-        self, spaces: SearchSpaces, draws: int, activation_bytes: Any
-    ) -> ChunkPlan:
-        return ChunkPlan.make(
-            draws,
-            self._signs,
-            spaces.noise_size * self._layout.dtype.size,
-            self.memory_budget,
-            self.chunk_size,
-            activation_bytes,
-        )
-
-    def _update_where(
-        self, condition: tf.Tensor, variables: list[Any], *step: Any
-    ) -> None:
-        """`_update`, or nothing; replicas can't take turns in a branch."""
-        if not distribution.in_replica():
-
-            def update() -> tf.Tensor:
-                self._update(variables, *step)
-                return tf.constant(True)
-
-            tf.cond(condition, update, lambda: tf.constant(False))
-            return
-        changed = [*variables, *self.inner_optimizer.variables]
-        changed.append(self._log_variance)
-        if self._base is not None:
-            changed += [self._base, self._averaged_mean]
-        before = [tf.identity(v) for v in changed]
-        self._update(variables, *step)
-        for variable, value in zip(changed, before, strict=True):
-            self.assign(variable, tf.where(condition, variable, value))
-
-    def _preconditioned(
-        self, gradient: SearchGradient, scale: tf.Tensor
-    ) -> SearchGradient:
-        """The gradients that steps go down, natural if they are to be."""
-        if not self.natural_gradient:
-            return gradient
-        return gradient._replace(
-            mean=self._layout.expand(scale) * gradient.mean,
-            log_variance=estimators.natural_log_variance_gradient(
-                gradient.log_variance, gradient.fisher
-            ),
-        )
-
-    def _mean_scale(self, log_variance: tf.Tensor) -> tf.Tensor:
-        """What dU/dmu is multiplied with for the inner optimizer, [groups].
-
-        Where sigma follows the mean, the steps of the mean do not follow
-        sigma.
-        """
-        stddev = tf.exp(0.5 * log_variance)
-        one = tf.ones_like(stddev)
-        if not self.natural_gradient:
-            return one
-        if self._base is None:
-            return estimators.natural_mean_gradient(one, stddev)
-        return estimators.based_mean_gradient(
-            one,
-            stddev,
-            tf.exp(0.5 * tf.convert_to_tensor(self._base)),
-            self.fitness_shaping == "identity",
-        )
-
-    def _probe(self, scale: tf.Tensor) -> Probe | None:
-        """What the observer wants to know of the gradient."""
-        if self.observer is None:
-            return None
-        return Probe(
-            self._layout.per_tensor(scale),
-            tf.convert_to_tensor(self.generations),
-            self.observer.every,
-        )
-
-    def _update(
-        self,
-        variables: list[Any],
-        mean: tf.Tensor,
-        log_variance: tf.Tensor,
-        gradient: SearchGradient,
-    ) -> None:
-        """Steps mu by the inner optimizer, and beta."""
-        layout, follows = self._layout, self._base is not None
-        base, average = log_variance, mean
-        if follows:
-            base = tf.convert_to_tensor(self._base)
-            # Before the first step weights may have been loaded.
-            average = tf.where(
-                tf.equal(tf.convert_to_tensor(self.iterations), 0),
-                mean,
-                tf.convert_to_tensor(self._averaged_mean),
-            )
-        self.inner_optimizer.apply(layout.unflatten(gradient.mean), variables)
-        new_mean = layout.flatten(variables)
-        new_base = proposal = self._proposed_base(base, gradient)
-        if follows:
-            proposal = self.search_distribution.bounded(
-                adaptation.lifted(
-                    new_base,
-                    new_mean - average,
-                    layout,
-                    self._blocks,
-                    self.population_size,
-                )
-            )
+    def settings_for(self, variables: Sequence[Any]) -> Settings:
+        """What does not change from step to step, for these weights."""
+        rules = self.search_distribution.rules(variables, self.population_size)
         if self.max_kl is not None:
-            change, log_change = new_mean - mean, proposal - log_variance
-            share = distribution_lib.share_within(
-                self.max_kl, change, log_variance, log_change, layout
-            )
-            new_mean = mean + share * change
-            proposal = log_variance + share * log_change
-            new_base = base + share * (new_base - base)
-            shrunk = layout.unflatten(new_mean)
-            for variable, value in zip(variables, shrunk, strict=True):
-                self.assign(variable, tf.where(share < 1, value, variable))
-        self.assign(self._log_variance, proposal)
-        if follows:
-            self.assign(self._base, new_base)
-            average = adaptation.averaged_mean(
-                average, new_mean, tf.convert_to_tensor(self.iterations)
-            )
-            self.assign(self._averaged_mean, average)
-
-    def _proposed_base(
-        self, base: tf.Tensor, gradient: SearchGradient
-    ) -> tf.Tensor:
-        """Where the gradient takes beta, unless `max_kl` forbids it."""
-        if not self.search_distribution.adapts:
-            return base
-        if self._base is not None:
-            base = adaptation.blind_growth(
-                base, gradient.log_variance, gradient.mean
-            )
-        return self.search_distribution.update(base, gradient.log_variance)
-
-    # --- checks ---
-
-    def _check_built(self, what: str) -> None:
-        if not self.built:
-            raise ValueError(
-                f"`{what}` exists once the optimizer is built: call "
-                "`build(variables)`, `minimize` or a model's `fit` first. "
-                "Received: an optimizer that is not built"
-            )
-
-    def _build_outside_of_replicas(self, variables: list[Any]) -> None:
-        if self.built:
-            return
-        if distribution.in_replica():
-            raise ValueError(
-                "Expected a VOOptimizer that is built before a strategy runs "
-                "it: call `build(variables)` first. Received: an optimizer "
-                "that is not built, in a replica"
-            )
-        with tf.init_scope():
-            self.build(variables)
-
-    def _check_same(self, variables: list[Any]) -> None:
-        if tuple(id(v) for v in variables) != self._variable_ids:
-            raise ValueError(
-                "Expected the variables this optimizer was built with, "
-                f"{list(self._variable_names)}. Received: "
-                f"{[checks.variable_name(v) for v in variables]}. After a "
-                "change of what is trainable, compile the model with a new "
-                "VOOptimizer."
-            )
+            rules.append(MaxKL(self.max_kl))
+        return Settings(
+            self.population_size,
+            self.antithetic,
+            self._shape_fitness,
+            self.fitness_shaping == "identity",
+            self.natural_gradient,
+            rules,
+            self.chunk_size,
+            self.memory_budget,
+        )
 
     def scale_loss(self, loss: Any) -> Any:
         raise ValueError(_PLAIN_MODEL)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         raise ValueError(_PLAIN_MODEL)
-
-    # --- saving ---
-
-    def load_own_variables(self, store: Any) -> None:
-        """Restores the search.
-
-        Raises:
-            ValueError: `store` was saved by an optimizer of other structure.
-        """
-        if self.built and len(store.keys()):
-            expected = [tuple(v.shape) for v in self.variables]
-            keys = sorted(store.keys(), key=int)
-            received = [tuple(store[key].shape) for key in keys]
-            if expected != received:
-                raise ValueError(
-                    "The checkpoint holds a search of another structure. "
-                    "Expected, for a "
-                    f"{self.search_distribution.variance!r} search "
-                    "distribution with follow_mean="
-                    f"{self.search_distribution.follow_mean}, "
-                    f"population_size={self.population_size} and inner "
-                    f"optimizer {self.inner_optimizer.name!r}, variables of "
-                    f"shapes {expected}. Received: {received}. "
-                    "(`model.load_weights(path, skip_mismatch=True)` loads "
-                    "the model's weights and starts a new search.)"
-                )
-        super().load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object

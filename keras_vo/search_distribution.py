@@ -8,22 +8,17 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
-import tensorflow_probability as tfp
 
-from keras_vo.layout import WeightLayout, layer_groups
+from keras_vo.search import follow_mean
+from keras_vo.search.gaussian import log_variance_of
+from keras_vo.search.layout import WeightLayout, layer_groups
+from keras_vo.search.rules import Bounds, Descent, Rule
 
-__all__ = [
-    "GaussianSearchDistribution",
-    "get",
-    "kl_divergence",
-    "largest_step",
-    "share_within",
-]
+__all__ = ["GaussianSearchDistribution", "get"]
 
 _VARIANCES = ("fixed", "isotropic", "layerwise", "separable")
 
@@ -52,7 +47,7 @@ class GaussianSearchDistribution:
         follow_mean: whether sigma follows the mean where it is learned and a
             layer (with `"isotropic"`, all) has more weights than the
             population has members, and more than 100: see
-            `keras_vo/adaptation.py`. It is then at least the root mean square
+            `keras_vo/search/follow_mean.py`. It is then at least the root mean square
             distance of the mean from where it has lately been, up to 1.5 /
             sqrt(fan in), and a `stddev` above 3 / sqrt(fan in) starts at 1 /
             sqrt(fan in), where the fan in is a mean over all kernels. The
@@ -143,17 +138,38 @@ class GaussianSearchDistribution:
             groups=groups,
         )
 
-    def update(self, log_variance: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
-        """One bounded descent step on beta, with a learning rate of its own."""
-        return self.bounded(log_variance - self.learning_rate * gradient)
+    @property
+    def bounds(self) -> Bounds:
+        """Those of sigma."""
+        return Bounds(self.min_stddev, self.max_stddev)
 
-    def bounded(self, log_variance: tf.Tensor) -> tf.Tensor:
-        """beta = log sigma^2 within the bounds of sigma."""
-        return tf.clip_by_value(
-            log_variance,
-            2.0 * math.log(self.min_stddev),
-            2.0 * math.log(self.max_stddev),
+    def follows(self, variables: Sequence[Any], population_size: int) -> bool:
+        """Whether sigma follows the mean in any layer of these weights."""
+        return self.follows_mean and any(
+            follow_mean.follows(self.blocks(variables), population_size)
         )
+
+    def initial_log_variance(
+        self, variables: Sequence[Any], population_size: int
+    ) -> float:
+        """beta = log sigma^2 before the first step, the same for all."""
+        stddev = self.stddev
+        if self.follows(variables, population_size):
+            stddev = follow_mean.initial(stddev, self.blocks(variables))
+        stddev = min(max(stddev, self.min_stddev), self.max_stddev)
+        return log_variance_of(stddev)
+
+    def rules(
+        self, variables: Sequence[Any], population_size: int
+    ) -> list[Rule]:
+        """How sigma changes."""
+        if not self.adapts:
+            return []
+        descent = Descent(self.learning_rate, self.bounds)
+        if not self.follows(variables, population_size):
+            return [descent]
+        blocks = self.blocks(variables)
+        return [follow_mean.FollowMean(descent, blocks, population_size)]
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -186,90 +202,4 @@ def get(
         "`search_distribution` must be a `GaussianSearchDistribution` or one "
         f"of {list(_VARIANCES)}. "
         f"Received: search_distribution={search_distribution!r}"
-    )
-
-
-def kl_divergence(
-    mean_change: tf.Tensor,
-    log_variance: tf.Tensor,
-    new_log_variance: tf.Tensor,
-) -> tf.Tensor:
-    """KL(N(mu, sigma^2) || N(mu + mean_change, sigma'^2)), eq. (14) of [1].
-
-    Args:
-        mean_change: change of the mean, [d].
-        log_variance: log sigma^2, broadcasts against [d].
-        new_log_variance: log sigma'^2, broadcasts against [d].
-
-    Returns:
-        The divergence in nats, a scalar: the sum over all weights.
-    """
-    normal = tfp.distributions.Normal
-    old = normal(tf.zeros_like(mean_change), tf.exp(0.5 * log_variance))
-    new = normal(mean_change, tf.exp(0.5 * new_log_variance))
-    return tf.reduce_sum(tfp.distributions.kl_divergence(old, new))
-
-
-def largest_step(
-    divergence: Callable[[tf.Tensor], tf.Tensor],
-    max_kl: float,
-    dtype: tf.DType,
-) -> tf.Tensor:
-    """The largest share of a move whose divergence is within `max_kl`.
-
-    Args:
-        divergence: from the share in [0, 1] of the move to its KL divergence,
-            continuous and 0 at 0.
-        max_kl: the bound, in nats.
-        dtype: dtype of the share.
-
-    Returns:
-        A scalar found by bisection: 1 if the whole move is within the bound,
-        else a share whose divergence is at most `max_kl`.
-    """
-    one = tf.ones([], dtype)
-
-    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        middle = 0.5 * (low + high)
-        inside = divergence(middle) <= max_kl
-        return tf.where(inside, middle, low), tf.where(inside, high, middle)
-
-    def bisect() -> tf.Tensor:
-        return tf.while_loop(
-            lambda low, high: high - low > 1e-3 * high,
-            halve,
-            (tf.zeros([], dtype), one),
-            maximum_iterations=60,
-        )[0]
-
-    return tf.cond(divergence(one) <= max_kl, lambda: one, bisect)
-
-
-def share_within(
-    max_kl: float,
-    mean_change: tf.Tensor,
-    log_variance: tf.Tensor,
-    log_change: tf.Tensor,
-    layout: WeightLayout,
-) -> tf.Tensor:
-    """The largest share of a step whose KL divergence is within `max_kl`.
-
-    Args:
-        max_kl: the bound, in nats.
-        mean_change: mu' - mu, [d].
-        log_variance: beta, [groups].
-        log_change: beta' - beta, [groups].
-        layout: which weights share a variance.
-
-    Returns:
-        A scalar in [0, 1]; see `largest_step`.
-    """
-    return largest_step(
-        lambda share: kl_divergence(
-            share * mean_change,
-            layout.expand(log_variance),
-            layout.expand(log_variance + share * log_change),
-        ),
-        max_kl,
-        layout.dtype,
     )

@@ -13,11 +13,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo import distribution, noise, per_example
+from keras_vo.evaluation import per_example
+from keras_vo.keras_compat import loss_tracker, undivided_losses
 from keras_vo.layers import as_dense, updated_weights
 from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
-from keras_vo.perturbation import Recording, entered
-from keras_vo.replicated_model import ReplicatedModel
+from keras_vo.perturbations.scope import Recording, entered
+from keras_vo.perturbations.together import check_batch, levels
+from keras_vo.replicas import strategies
+from keras_vo.replicas.communicator import current_replicas
+from keras_vo.replicas.model import ReplicatedModel
+from keras_vo.search import noise
+from keras_vo.search.credit import EXAMPLE, MEMBER
 
 __all__ = ["VOTrainStep"]
 
@@ -117,9 +123,10 @@ class VOTrainStep(ReplicatedModel):
         batch_size = tf.shape(inputs[0])[0]
         self._average_statistics(batch_size)
         example_weights: Any = 1.0
-        if recording.sites:
+        by_example = EXAMPLE in levels(recording)
+        if by_example:
             some_input = tf.convert_to_tensor(inputs[0])
-            recording.check_batch(some_input)
+            check_batch(recording, some_input)
             example_weights = self._example_weights(
                 x, y, y_pred, sample_weight, inputs=some_input
             )
@@ -132,11 +139,11 @@ class VOTrainStep(ReplicatedModel):
             with keras.StatelessScope(mapping, collect_losses=True) as scope:
                 y_pred = self._call_in_training(x)
                 loss = self._training_loss(x, y, y_pred, sample_weight)
-                if not recording.sites:
+                if not by_example:
                     return loss
                 self._check_no_added_losses(scope.losses)
                 examples, _ = self._example_losses(x, y, y_pred, sample_weight)
-                return tf.reduce_mean(loss), examples
+                return {MEMBER: tf.reduce_mean(loss), EXAMPLE: examples}
 
         generation = optimizer.step(
             objective,
@@ -149,7 +156,7 @@ class VOTrainStep(ReplicatedModel):
         self._population_metrics.update(generation)
         # After the step, which refuses a loss that is not a scalar.
         # Not the metric called "loss": the user may have one of that name.
-        self._loss_tracker.update_state(loss, sample_weight=batch_size)
+        loss_tracker(self).update_state(loss, sample_weight=batch_size)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +237,7 @@ class VOTrainStep(ReplicatedModel):
     def _population_metrics(self) -> _PopulationMetrics:
         # Created on demand: make_variational() runs no constructor.
         if "_population_metrics_holder" not in self.__dict__:
-            with tf.init_scope(), distribution.entered(self.made_under):
+            with tf.init_scope(), strategies.entered(self.made_under):
                 self._population_metrics_holder = _PopulationMetrics()
         return self._population_metrics_holder
 
@@ -260,7 +267,7 @@ class VOTrainStep(ReplicatedModel):
         )
         for index, state in enumerate(states):
             # Negative: the population's draws have the indices from 0.
-            own = noise.draw_seed(seed, tf.constant(-1 - index, tf.int64))
+            own = noise.single_seed(seed, tf.constant(-1 - index, tf.int64))
             state.assign(tf.bitcast(own, tf.uint32))
 
     def _average_statistics(self, batch_size: tf.Tensor) -> None:
@@ -268,7 +275,7 @@ class VOTrainStep(ReplicatedModel):
 
         That is, of moving statistics (BatchNorm), by examples.
         """
-        replicas = distribution.current_replicas()
+        replicas = current_replicas()
         if replicas.count == 1:
             return
         updated = updated_weights(self)
@@ -299,7 +306,7 @@ class VOTrainStep(ReplicatedModel):
         kwargs = {}
         if "training" in inspect.signature(self.compute_loss).parameters:
             kwargs["training"] = True
-        with distribution.undivided_losses():
+        with undivided_losses():
             return self.compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
             )
@@ -329,7 +336,7 @@ class VOTrainStep(ReplicatedModel):
             return 1.0
         total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
         # Their mean over the examples of all replicas.
-        weight, examples = distribution.current_replicas().sum(
+        weight, examples = current_replicas().sum(
             [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
         )
         return tf.math.divide_no_nan(total, weight / examples)

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_vo
+from keras_vo.search import noise
 
 FEATURES, CLASSES = 4, 3
 
@@ -140,6 +141,35 @@ def assert_same_state(first, second):
 def zero_one_error(y_true, y_pred):
     wrong = tf.argmax(y_pred, -1) != tf.cast(tf.squeeze(y_true, -1), tf.int64)
     return tf.cast(wrong, tf.float32)
+
+
+def draw_noise(
+    seed, generation, directions, shape, dtype=tf.float64, stream=None
+):
+    """The noise of directions of a generation, as a search draws it.
+
+    Args:
+        seed: base seed of the search.
+        generation: number of populations before it.
+        directions: how many of them from the first, or their indices.
+        shape: of the noise of one.
+        dtype: of the noise.
+        stream: `None`: noise of weights; else of that call's activations.
+
+    Returns:
+        A NumPy array [directions, *shape].
+    """
+    if isinstance(directions, int):
+        directions = range(directions)
+    index = tf.constant(directions, tf.int64)
+    return noise.draw_noise(
+        tf.constant(seed, tf.int64),
+        tf.fill(index.shape, tf.constant(generation, tf.int64)),
+        index,
+        tuple(shape),
+        dtype,
+        stream,
+    ).numpy()
 
 
 def nodes_of_a_step(model, features=FEATURES):

@@ -2,6 +2,7 @@
 
 import math
 
+import absl.logging
 import keras
 import models
 import numpy as np
@@ -11,10 +12,13 @@ import tensorflow as tf
 from test_optimizer import flat, noise_of
 
 import keras_vo
-from keras_vo import adaptation, low_rank
-from keras_vo import optimizer as optimizer_module
 from keras_vo.layers import LowRankDense
-from keras_vo.layout import WeightLayout
+from keras_vo.perturbations.base import DenseCall, Space
+from keras_vo.perturbations.low_rank import LowRank
+from keras_vo.search import follow_mean
+from keras_vo.search.chunks import Noise
+from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.layout import WeightLayout
 
 ADAPTIVE = ["isotropic", "layerwise", "separable"]
 SIZE, LARGE = 113, 108  # in a kernel; 5 weights more are too few to follow
@@ -126,7 +130,7 @@ def test_the_rule_by_hand():
     separable = WeightLayout(shapes, ("float64",) * 2, None)
 
     def lifted(layout, base, distances, population_size=8):
-        return adaptation.lifted(
+        return follow_mean.lifted(
             tf.constant(base, tf.float64),
             tf.repeat(tf.constant(distances, tf.float64), (300, 120)),
             layout,
@@ -144,7 +148,7 @@ def test_the_rule_by_hand():
     np.testing.assert_allclose(few, [math.log(9), 2])
     # 4 inputs a unit: to 1.5 / sqrt(4) at most.
     kernel = WeightLayout(((4, 75), (120,)), ("float64",) * 2, (0, 1))
-    tops = adaptation.lifted(
+    tops = follow_mean.lifted(
         tf.constant([-1, 2], tf.float64),
         tf.repeat(tf.constant([3, 5], tf.float64), (300, 120)),
         kernel,
@@ -167,18 +171,14 @@ def test_the_average_is_over_the_later_part_of_the_search():
     average, lags = tf.zeros([1], tf.float64), []
     for t in range(1, 2001):
         mean = tf.constant([t], tf.float64)
-        average = adaptation.averaged_mean(average, mean, tf.constant(t))
+        average = follow_mean.averaged_mean(average, mean, tf.constant(t))
         lags.append((mean - average).numpy().item())
     np.testing.assert_allclose(lags[:2], [0.95, 1.8525])
     np.testing.assert_allclose(lags[-1], 2000 / 3, rtol=0.02)
 
 
-def test_a_sigma_far_above_the_scale_of_weights_starts_there(monkeypatch):
+def test_a_sigma_far_above_the_scale_of_weights_starts_there():
     """Units have 12 inputs: 1 / sqrt(12) = .289, three times that is .866."""
-    said = []
-    monkeypatch.setattr(
-        optimizer_module.logging, "info", lambda *args: said.append(args)
-    )
     for stddev, bounds, want in (
         (0.85, (), 0.85),
         (0.9, (), 12**-0.5),
@@ -189,16 +189,24 @@ def test_a_sigma_far_above_the_scale_of_weights_starts_there(monkeypatch):
         optimizer = make(stddev=stddev, bounds=bounds)
         optimizer.build(make_variables())
         np.testing.assert_allclose(flat(optimizer.stddevs), want, rtol=1e-12)
-    assert [args[2] for args in said] == [0.9, 100.0, 100.0]
     # Each weight of a layer counts: 300 with 100 inputs, 18 with 9.
     layout = WeightLayout(
         ((100, 3), (3,), (3, 3, 1, 2)), ("float32",) * 3, (0, 0, 1)
     )
     scale = math.sqrt((300 / 100 + 18 / 9) / 318)
-    assert adaptation.initial(0.4, layout) == pytest.approx(scale)
-    assert adaptation.initial(0.35, layout) == 0.35
+    assert follow_mean.initial(0.4, layout) == pytest.approx(scale)
+    assert follow_mean.initial(0.35, layout) == 0.35
     vector = WeightLayout(((300,),), ("float32",), (0,))
-    assert adaptation.initial(9.0, vector) == 9.0
+    assert follow_mean.initial(9.0, vector) == 9.0
+
+
+def test_it_is_said_where_sigma_starts_elsewhere(monkeypatch):
+    said = []
+    monkeypatch.setattr(absl.logging, "info", lambda *args: said.append(args))
+    for stddev in (0.001, 0.85, 0.9, 100.0):
+        make(stddev=stddev).build(make_variables())
+    make(stddev=100.0, bounds=(0.5, 1e3)).build(make_variables())
+    assert [args[2] for args in said] == [0.9, 100.0, 100.0]
 
 
 @pytest.mark.parametrize("stddev", [0.01, 3.0])
@@ -225,7 +233,7 @@ def test_nothing_follows(arguments, stddev):
         optimizer.minimize(objective, variables)
     assert np.abs(flat(variables) - START).max() > 1
     np.testing.assert_allclose(flat(optimizer.stddevs), stddev, rtol=0.05)
-    assert optimizer._averaged_mean is None
+    assert optimizer._rule_state == {}
 
 
 def test_bounds_are_kept_whatever_the_floor():
@@ -246,23 +254,40 @@ def test_bounds_are_kept_whatever_the_floor():
 # --- Fisher information ---
 
 
+def low_rank_noise(rank, shape):
+    """The noise of one kernel whose weights share a variance."""
+    kernel = tf.Variable(tf.zeros(shape, tf.float64))
+    gaussian = Gaussian(
+        WeightLayout((shape,), ("float64",), (0,)),
+        [tf.convert_to_tensor(kernel)],
+        tf.math.log(tf.constant([0.3], tf.float64)),
+    )
+    call = DenseCall("dense", kernel, None, kernel, {"rank": rank})
+    return LowRank([call], Space(gaussian, {id(kernel): 0}, adapts=True))
+
+
 def test_fisher_information_of_low_rank_noise():
     """The variance of the score over 20,000 draws; 1 % is one deviation."""
     rng = np.random.default_rng(0)
     for rank, shape in ((1, (5, 3)), (4, (2, 7))):
-        noise = low_rank.KernelNoise(rank, shape, tf.constant(0.3))
-        draws = tf.constant(rng.normal(size=(20000, noise.size)))
-        scores = [
-            noise.log_variance_sums(row[None], tf.ones([1], tf.float64)) / 2
-            for row in tf.unstack(draws[:2])
-        ]
-        left, right = noise._split(draws)
-        rows = tf.reduce_sum(left**2 - 1, axis=[1, 2])
-        columns = tf.reduce_sum(right**2 - 1, axis=[1, 2])
+        noise = low_rank_noise(rank, shape)
         inputs, outputs = shape
+        assert noise.noise_size == rank * (inputs + outputs)
+        draws = rng.normal(size=(20000, noise.noise_size))
+        score_of = {}
+        for row in range(2):
+            sums = noise.sums(
+                Noise(tf.constant(draws[row : row + 1])),
+                (),
+                tf.ones([1, 1], tf.float64),
+            )
+            (gradient,) = noise.gradient(sums, tf.ones([], tf.float64))
+            score_of[row] = gradient.log_variance
+        left, right = np.split(draws**2 - 1, [rank * inputs], axis=1)
+        rows, columns = left.sum(1), right.sum(1)
         score = (outputs * rows + inputs * columns) / (inputs + outputs) / 2
-        np.testing.assert_allclose(score[:2], scores, rtol=1e-9)
-        np.testing.assert_allclose(np.var(score), noise.fisher, rtol=0.05)
+        np.testing.assert_allclose(score[:2], list(score_of.values()), 1e-9)
+        np.testing.assert_allclose(np.var(score), gradient.fisher, rtol=0.05)
 
 
 # --- the step of the mean ---
@@ -435,7 +460,8 @@ def test_a_bounded_step_is_bounded_where_sigma_is_lifted():
     optimizer = make(stddev=0.2, max_kl=0.1)
     optimizer.minimize(objective, variables)
     average = flat(variables) - 1.0  # sigma is to be .433
-    optimizer._averaged_mean.assign(average)
+    averaged = optimizer._rule_state["averaged_mean"]
+    averaged.assign(average)
     for _ in range(6):
         mean, stddev = flat(variables), flat(optimizer.stddevs)
         optimizer.minimize(objective, variables)
@@ -444,10 +470,11 @@ def test_a_bounded_step_is_bounded_where_sigma_is_lifted():
         )
         assert 0.099 < divergence < 0.1 + 1e-9
         average = average + (flat(variables) - average) / 20
-    np.testing.assert_allclose(optimizer._averaged_mean.numpy(), average)
+    np.testing.assert_allclose(averaged.numpy(), average)
     # Of the block that does not follow, s is sigma whatever was shrunk.
     np.testing.assert_array_equal(
-        optimizer._base[1:], optimizer._log_variance[1:]
+        optimizer._rule_state["base_log_variance"][1:],
+        optimizer._log_variance[1:],
     )
     assert 0.22 < np.max(flat(optimizer.stddevs)) < 0.5
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from models import assert_replicas_are_equal, mirrored, scope
 
 import keras_vo
-from keras_vo import distribution, exchange
+from keras_vo.replicas import communicator, cost, strategies
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -625,7 +625,7 @@ def test_only_losses_cross_the_network():
         largest[noise, kind] = max(collectives(strategy, model))
     size = 4 * 30 + 30 + 30 * 2 + 2
     assert largest["full", "fitness"] == 10
-    cheaper = exchange.cost_model(network=False).cheaper(5, size, size + 2, 2)
+    cheaper = cost.cost_model(network=False).cheaper(5, size, size + 2, 2)
     assert largest["full", "auto"] == largest["full", cheaper]
     assert largest["low_rank", "fitness"] == 10
     assert largest["full", "gradient"] >= size
@@ -799,7 +799,7 @@ def test_exchange_is_checked_and_saved():
 
 def test_the_cost_model():
     """By hand: D = 100 draws of 1000 normals, 500 numbers, R = 4."""
-    costs = exchange.CostModel(
+    costs = cost.CostModel(
         normals=1e6,
         sums=1e7,
         perturbed=1e7,
@@ -826,6 +826,6 @@ def test_the_cost_model():
 
 
 def test_outside_of_strategies_there_is_one_replica():
-    assert distribution.current_replicas() == distribution.Replicas(0, 1)
-    assert distribution.current_strategy() is None
-    assert not distribution.in_replica()
+    assert communicator.current_replicas() == communicator.Replicas(0, 1)
+    assert strategies.current_strategy() is None
+    assert not strategies.in_replica()

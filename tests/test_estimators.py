@@ -6,8 +6,9 @@ import reference
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_vo import estimators, fitness_shaping
-from keras_vo.layout import WeightLayout
+from keras_vo import fitness_shaping
+from keras_vo.search import estimators
+from keras_vo.search.layout import WeightLayout
 
 SHAPES = ((2, 2), (2,), (3,))  # d = 9
 GROUPS = {
@@ -26,9 +27,21 @@ def make_layout(structure):
     return WeightLayout(SHAPES, ("float64",) * 3, GROUPS[structure])
 
 
+def sizes(layout):
+    """Number of weights of each variance, float64."""
+    if layout.groups is None:
+        return tf.ones([layout.num_groups], tf.float64)
+    return tf.constant(layout.group_sizes, tf.float64)
+
+
+def by_sign(utilities, antithetic):
+    """[N], members n and n + N/2 a pair, to [directions, signs]."""
+    return tf.transpose(tf.reshape(utilities, [1 + antithetic, -1]))
+
+
 def estimate(noise, utilities, stddev, layout, antithetic, natural):
     """What the optimizer computes, from the pure functions."""
-    odd, even = estimators.pair_utilities(utilities, antithetic)
+    odd, even = estimators.pair_utilities(by_sign(utilities, antithetic))
     n = utilities.shape[0]
     grad = estimators.mean_gradient(
         estimators.weighted_noise(noise, odd), stddev, n
@@ -37,9 +50,10 @@ def estimate(noise, utilities, stddev, layout, antithetic, natural):
         estimators.weighted_excess(noise, even, layout), n
     )
     if natural:
-        grad = estimators.natural_mean_gradient(grad, stddev)
-        fisher = tf.constant(layout.group_sizes, tf.float64) / 2
-        grad_beta = estimators.natural_log_variance_gradient(grad_beta, fisher)
+        grad *= estimators.natural_mean_scale(stddev)
+        grad_beta = estimators.natural_log_variance_gradient(
+            grad_beta, sizes(layout) / 2
+        )
     return grad.numpy(), grad_beta.numpy()
 
 
@@ -51,7 +65,7 @@ def test_matches_the_reference(structure, antithetic, natural):
     noise = rng.normal(size=(5, 9))
     utilities = rng.normal(size=10 if antithetic else 5)
     layout = make_layout(structure)
-    beta = rng.normal(size=len(layout.group_sizes))
+    beta = rng.normal(size=layout.num_groups)
     sigma = np.broadcast_to(layout.expand(tf.constant(np.exp(beta / 2))), [9])
     got = estimate(
         tf.constant(noise),
@@ -154,7 +168,7 @@ def test_antithetic_pairs_on_an_even_function():
         estimates = []
         for i in range(0, repeats):
             odd, even = estimators.pair_utilities(
-                tf.constant(utilities[i]), antithetic
+                by_sign(tf.constant(utilities[i]), antithetic)
             )
             if antithetic:
                 assert not odd.numpy().any()
@@ -179,7 +193,7 @@ def test_natural_gradient_is_inverse_fisher_times_gradient(structure):
     D or 1/2.
     """
     layout = make_layout(structure)
-    groups = len(layout.group_sizes)
+    groups = layout.num_groups
     beta = tf.constant(np.linspace(-1, 1, groups))
     group_of = [
         g for j in range(9) for g in range(groups) if j in INDICES[structure][g]
@@ -204,17 +218,13 @@ def test_natural_gradient_is_inverse_fisher_times_gradient(structure):
 
     gradient = tf.constant(np.random.default_rng(0).normal(size=9))
     np.testing.assert_allclose(
-        estimators.natural_mean_gradient(gradient, sigma),
+        estimators.natural_mean_scale(sigma) * gradient,
         gradient / diagonal[:9],
         rtol=0.06,
     )
-    gradient = tf.constant(
-        np.random.default_rng(1).normal(size=len(layout.group_sizes))
-    )
+    gradient = tf.constant(np.random.default_rng(1).normal(size=groups))
     np.testing.assert_allclose(
-        estimators.natural_log_variance_gradient(
-            gradient, tf.constant(layout.group_sizes, tf.float64) / 2
-        ),
+        estimators.natural_log_variance_gradient(gradient, sizes(layout) / 2),
         gradient / diagonal[9:],
         rtol=0.06,
     )

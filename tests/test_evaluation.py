@@ -5,27 +5,36 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_vo import noise
-from keras_vo.chunks import ChunkPlan, NoiseSource
-from keras_vo.evaluation import Outcome, evaluate_population
+from keras_vo.evaluation.graph import evaluate
+from keras_vo.search.chunks import ChunkPlan, NoiseSource
+from keras_vo.search.credit import MEMBER, reduce_noise
+from keras_vo.search.members import Members, Shard
 
 D = 5
 
 
-def make_source(draws, chunk, keep):
-    seed = noise.generation_seed(tf.constant(1), tf.constant(0))
-    return NoiseSource(ChunkPlan(draws, chunk, keep), seed, D, tf.float32)
-
-
-def expected_losses(draws, signs):
-    seed = noise.generation_seed(tf.constant(1), tf.constant(0))
-    z = noise.draw_noise(
-        seed, tf.range(draws, dtype=tf.int64), (D,), tf.float32
+def make_source(directions, chunk, keep, signs=(1.0,), activations=()):
+    members = Members.of_generation(
+        tf.constant(1), tf.constant(0), directions * len(signs), len(signs) == 2
     )
+    assert members.signs == signs and members.directions == directions
+    plan = ChunkPlan(directions, chunk, keep)
+    return NoiseSource(plan, members, D, tf.float32, activations)
+
+
+def drawn(directions):
+    return models.draw_noise(1, 0, directions, (D,), tf.float32)
+
+
+def cubes(z, signs):
     mean = np.arange(D)
-    return np.concatenate(
-        [((mean + s * 0.5 * z.numpy()) ** 3).sum(-1) for s in signs]
-    ), z.numpy()
+    return np.concatenate([((mean + s * 0.5 * z) ** 3).sum(-1) for s in signs])
+
+
+def cube(noise, sign):
+    """The loss of the member with this noise and sign, and no records."""
+    weights = tf.range(float(D)) + sign * 0.5 * noise.weights
+    return {MEMBER: tf.reduce_sum(weights**3)}, ()
 
 
 @pytest.mark.parametrize(
@@ -42,30 +51,86 @@ def expected_losses(draws, signs):
 )
 def test_losses_and_sums_do_not_depend_on_chunks(case):
     chunk, signs, graph, keep = case.values()
-    draws = 7
+    directions = 7
 
     def run():
-        population = evaluate_population(
-            lambda draws, sign: Outcome(
-                tf.reduce_sum(
-                    (tf.range(float(D)) + sign * 0.5 * draws.weights) ** 3
-                )
-            ),
-            make_source(draws, min(chunk, draws), keep),
-            signs,
+        found = evaluate(
+            cube, make_source(directions, min(chunk, directions), keep, signs)
         )
-        (total,) = population.reduce(
-            lambda draws, _, w: [
-                tf.linalg.matvec(draws.weights, w, transpose_a=True)
-            ],
-            [population.losses[:draws]],
-        )
-        return population.losses, total
+        losses = found.losses[MEMBER]
+        return losses, found.reduce(weighted, [losses[:directions]])[0]
 
     losses, total = (tf.function(run) if graph else run)()
-    want, z = expected_losses(draws, signs)
+    z = drawn(directions)
+    want = cubes(z, signs)
     np.testing.assert_allclose(losses, want, rtol=1e-5)
-    np.testing.assert_allclose(total, want[:draws] @ z, rtol=1e-4)
+    np.testing.assert_allclose(total, want[:directions] @ z, rtol=1e-4)
+
+
+def weighted(noise, records, rows):
+    return [tf.linalg.matvec(noise.weights, rows[0], transpose_a=True)]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 6])
+def test_a_table_of_several_generations(graph, keep, chunk):
+    """Each row is the member that it was in the generation that drew it."""
+    rows = [(4, 1), (0, 0), (4, 0), (7, 3), (0, 5), (4, 1)]
+    generation, index = zip(*rows, strict=True)
+    members = Members(
+        tf.constant(1, tf.int64),
+        tf.constant(generation, tf.int64),
+        tf.constant(index, tf.int64),
+        (1.0, -1.0),
+    )
+    activations = (tf.zeros([2]), tf.zeros([3]))
+
+    def run():
+        source = NoiseSource(
+            ChunkPlan(len(rows), chunk, keep), members, D, tf.float32
+        )
+        found = evaluate(cube, source)
+        losses = found.losses[MEMBER]
+        chunks = [
+            NoiseSource(
+                ChunkPlan(len(rows), chunk, False),
+                members,
+                D,
+                tf.float32,
+                activations,
+            ).chunk(tf.constant(i))
+            for i in range(-(-len(rows) // chunk))
+        ]
+        perturbed = [
+            tf.concat(parts, 0)[: len(rows)]
+            for parts in zip(*(c.activations for c in chunks), strict=True)
+        ]
+        sums = [
+            found.reduce(weighted, [losses[: len(rows)]])[0],
+            reduce_noise(source, weighted, [losses[: len(rows)]])[0],
+        ]
+        return losses, sums, perturbed
+
+    losses, sums, perturbed = (tf.function(run) if graph else run)()
+    z = np.concatenate(
+        [models.draw_noise(1, t, [i], (D,), tf.float32) for t, i in rows]
+    )
+    want = cubes(z, members.signs)
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    for total in sums:
+        np.testing.assert_allclose(total, want[: len(rows)] @ z, rtol=1e-4)
+    for stream, got in enumerate(perturbed):
+        expected = [
+            models.draw_noise(1, t, [i], (2 + stream,), tf.float32, stream)
+            for t, i in rows
+        ]
+        np.testing.assert_array_equal(got, np.concatenate(expected))
+    # A replica's rows of the table are those rows.
+    some = members.shard(Shard.make(len(rows), 1, 2))
+    np.testing.assert_array_equal(some.generation, generation[3:])
+    np.testing.assert_array_equal(some.index, index[3:])
+    assert len(some) == 6 and some.signs == members.signs
 
 
 def conv(w):
@@ -104,26 +169,26 @@ def test_ops_with_and_without_a_vectorized_form(name, jit_compile):
 
     @tf.function
     def run():
-        return evaluate_population(
-            lambda draws, _: Outcome(tf.ensure_shape(loss(draws.weights), [])),
+        return evaluate(
+            lambda noise, _: (
+                {MEMBER: tf.ensure_shape(loss(noise.weights), [])},
+                (),
+            ),
             make_source(6, 4, True),
-            (1.0,),
             jit_compile,
-        ).losses
+        ).losses[MEMBER]
 
-    _, z = expected_losses(6, (1.0,))
-    np.testing.assert_allclose(run(), value(z), rtol=1e-4, atol=1e-5)
+    want = value(drawn(6))
+    np.testing.assert_allclose(run(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_objectives_own_error_is_raised():
-    def broken(draws, sign):
+    def broken(noise, sign):
         raise ValueError("my objective is broken")
 
     @tf.function
     def run():
-        return evaluate_population(
-            broken, make_source(4, 4, True), (1.0,)
-        ).losses
+        return evaluate(broken, make_source(4, 4, True)).losses
 
     with pytest.raises(ValueError, match="my objective is broken"):
         run()
@@ -148,14 +213,14 @@ def test_plan_keeps_within_the_budget():
 
 @pytest.mark.parametrize("tensor", [False, True])
 def test_plan_evaluates_once_what_fits_the_budget(tensor):
-    """Perturbed activations of draws, of a batch of known or unknown size."""
+    """Perturbed activations, of a batch of known or unknown size."""
     mebi = 2**20
 
-    def chunk(draws, activation_bytes, chunk_size=None):
+    def chunk(directions, activation_bytes, chunk_size=None):
         if tensor:
             activation_bytes = tf.constant(activation_bytes, tf.int64)
         plan = ChunkPlan.make(
-            draws, 2, 4, 512 * mebi, chunk_size, activation_bytes
+            directions, 2, 4, 512 * mebi, chunk_size, activation_bytes
         )
         return int(plan.chunk)
 

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import example_scripts
 import matplotlib.pyplot as plt
+import models
 import numpy as np
 import pytest
 import reference
 import tensorflow as tf
 from absl import app
 from absl.testing import flagsaver
-
-from keras_vo import noise as noise_lib
 
 example = functools.partial(example_scripts.load, "variance_adaptation")
 run = functools.partial(example_scripts.run, "variance_adaptation")
@@ -127,14 +126,7 @@ def first_step(module, arm):
     mean = np.concatenate([w.ravel() for w in first])
     images, _, labels, _ = module.load_data()
     x, y = next(module.make_batches(images, labels).as_numpy_iterator())
-    noise = noise_lib.draw_noise(
-        noise_lib.generation_seed(
-            tf.constant(3, tf.int64), tf.constant(0, tf.int64)
-        ),
-        tf.range(SIZE // 2, dtype=tf.int64),
-        (mean.size,),
-        tf.float32,
-    ).numpy()
+    noise = models.draw_noise(3, 0, SIZE // 2, (mean.size,), tf.float32)
     z = reference.members(noise.astype(float), antithetic=True)
     losses = [network_loss(mean + STDDEV * row, shapes, x, y) for row in z]
     gradient = reference.centered_rank(losses) @ z / SIZE / STDDEV

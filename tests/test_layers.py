@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import noise
+from keras_vo.search import noise
 
 layers = keras.layers
 
@@ -260,7 +260,7 @@ def test_unbuilt_models():
 def test_noise_of_random_layers_is_not_that_of_the_population():
     seed = noise.generation_seed(tf.constant(0), tf.constant(0))
     draws = [
-        noise.draw_seed(seed, tf.constant(i, tf.int64)).numpy()
+        noise.single_seed(seed, tf.constant(i, tf.int64)).numpy()
         for i in range(-3, 3)
     ]
     assert len({d.tobytes() for d in draws}) == 6

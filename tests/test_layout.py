@@ -2,9 +2,10 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
-from keras_vo.layout import WeightLayout, layer_groups
+from keras_vo.search.layout import WeightLayout, layer_groups
 
 SHAPES = ((2, 3), (3,), (), (3, 1))
 
@@ -32,7 +33,7 @@ def test_dtypes_are_kept_and_double_makes_all_noise_double():
 
 def test_groups_need_not_be_contiguous():
     layout = make((1, 0, 1, 0))
-    assert layout.group_sizes == [6, 7]
+    assert layout.group_sizes == [6, 7] and layout.num_groups == 2
     expanded = layout.expand(tf.constant([5.0, 7.0]))
     np.testing.assert_array_equal(expanded, [7] * 6 + [5] * 3 + [7] + [5] * 3)
     vectors = tf.reshape(tf.range(26.0), [2, 13])
@@ -49,7 +50,9 @@ def test_one_group_and_no_group():
     np.testing.assert_array_equal(one.group_sums(vectors), [[13]] * 4)
     assert one.expand(tf.constant([3.0])).shape == [1]
     own = make(None)
-    assert own.group_sizes == [1] * 13
+    assert own.num_groups == 13
+    with pytest.raises(ValueError, match="shared variances"):
+        _ = own.group_sizes  # a list as long as there are weights
     assert own.group_sums(vectors) is vectors
 
 
@@ -105,7 +108,8 @@ def test_none_of_the_tensors():
     for groups in ((0, 0, 1, 2), None):
         layout = make(groups)
         none = layout.select([])
-        assert none.size == 0 and none.group_sizes == []
+        assert none.size == 0 and none.num_groups == 0
+        assert groups is None or none.group_sizes == []
         values = none.by_group([])
         assert none.expand(values).shape == [0]
         assert none.flatten([]).shape == [0] and none.split(values) == []

@@ -8,7 +8,6 @@ import reference
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import noise
 from keras_vo.layers import LocalReparamDense, LowRankDense
 
 BATCH, IN = 4, 3
@@ -125,14 +124,10 @@ def test_gradients_are_those_of_the_reference(
     sigma = separable_sigma(model, np.random.default_rng(1))
     weights = model.get_weights()
     draws = 4 if antithetic else 8
-    key = noise.generation_seed(tf.constant(5), tf.constant(0))
-    ids = tf.range(draws, dtype=tf.int64)
     in_weight_space = first is keras.layers.Dense
     units = [2] if in_weight_space else [3, 2]
     xi = [
-        noise.draw_noise(
-            noise.stream_seed(key, k), ids, (BATCH, n), tf.float64
-        ).numpy()
+        models.draw_noise(5, 0, draws, (BATCH, n), stream=k)
         for k, n in enumerate(units)
     ]
     relu = lambda a: np.maximum(a, 0)  # noqa: E731
@@ -142,7 +137,7 @@ def test_gradients_are_those_of_the_reference(
     ]
     full = None
     if in_weight_space:
-        z = noise.draw_noise(key, ids, (12,), tf.float64).numpy()
+        z = models.draw_noise(5, 0, draws, (12,))
         full = (*layers.pop(0), z[:, :9].reshape(-1, 3, 3), z[:, 9:])
     losses, want = reference.local_reparameterization(
         x,

@@ -20,8 +20,8 @@ import pytest
 import tensorflow as tf
 import worker as worker_program
 
-from keras_vo import cluster as cluster_lib
-from keras_vo import distribution
+from keras_vo.replicas import cluster as cluster_lib
+from keras_vo.replicas import workers
 
 PROGRAM = pathlib.Path(__file__).with_name("worker.py")
 
@@ -351,5 +351,5 @@ def test_a_chief_is_the_first_worker(monkeypatch):
 
 def test_a_lost_worker_is_not_any_error():
     with pytest.raises(tf.errors.UnavailableError):
-        with distribution.lost_workers_explained(None):
+        with workers.lost_workers_explained(None):
             raise tf.errors.UnavailableError(None, None, "another one")

@@ -11,7 +11,7 @@ import reference
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import noise
+from keras_vo.search import noise
 
 STRUCTURES = ["fixed", "isotropic", "layerwise", "separable"]
 # Two "layers" (variables without a parent): sizes 2 and 1, d = 3.
@@ -62,11 +62,7 @@ def flat(tensors):
 
 
 def noise_of(optimizer, generation, draws, dtype=tf.float64, size=3):
-    key = noise.generation_seed(
-        tf.constant(optimizer.seed), tf.constant(generation)
-    )
-    ids = tf.range(draws, dtype=tf.int64)
-    return noise.draw_noise(key, ids, (size,), dtype).numpy()
+    return models.draw_noise(optimizer.seed, generation, draws, (size,), dtype)
 
 
 # --- goldens ---
@@ -95,11 +91,11 @@ def fixed_noise(monkeypatch):
     """Lets a test say which noise generation t draws."""
 
     def use(rows):
-        generation = iter(rows)
+        in_turn = iter(rows)
 
-        def draw(seed, draws, shape, dtype):
-            del seed, draws
-            values = np.reshape(next(generation), [-1, *shape])
+        def draw(base_seed, generation, index, shape, dtype, stream):
+            del base_seed, generation, index, stream
+            values = np.reshape(next(in_turn), [-1, *shape])
             return tf.constant(values, dtype)
 
         monkeypatch.setattr(noise, "draw_noise", draw)

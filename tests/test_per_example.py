@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import per_example
+from keras_vo.evaluation import per_example
 from keras_vo.layers import LocalReparamDense
 
 layers = keras.layers

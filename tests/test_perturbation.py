@@ -9,38 +9,41 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import local_reparameterization, perturbation
 from keras_vo.layers import LocalReparamDense, LowRankDense
+from keras_vo.perturbations import graph_ops, scope
+from keras_vo.search import local_reparameterization
 
 
 def test_a_scope_is_of_its_thread_and_ends_with_its_block():
-    outer, inner = (perturbation.Recording([]) for _ in range(2))
+    outer, inner = (scope.Recording([]) for _ in range(2))
     seen = []
-    with perturbation.entered(outer):
-        with perturbation.entered(inner):
-            assert perturbation.current_scope() is inner
+    with scope.entered(outer):
+        with scope.entered(inner):
+            assert scope.current_scope() is inner
         thread = threading.Thread(
-            target=lambda: seen.append(perturbation.current_scope())
+            target=lambda: seen.append(scope.current_scope())
         )
         thread.start()
         thread.join()
-        with pytest.raises(RuntimeError), perturbation.entered(inner):
+        with pytest.raises(RuntimeError), scope.entered(inner):
             raise RuntimeError
-        assert perturbation.current_scope() is outer
-    assert perturbation.current_scope() is None and seen == [None]
+        assert scope.current_scope() is outer
+    assert scope.current_scope() is None and seen == [None]
 
 
 def test_a_layer_outside_of_the_search_is_not_recorded():
     layer = LocalReparamDense(2)
     layer.build((None, 3))
-    recording = perturbation.Recording([])
-    with perturbation.entered(recording):
+    recording = scope.Recording([])
+    with scope.entered(recording):
         layer(np.ones([4, 3]))
-    assert not recording.sites
-    recording = perturbation.Recording(layer.trainable_variables)
-    with perturbation.entered(recording):
+    assert not recording.claims
+    recording = scope.Recording(layer.trainable_variables)
+    with scope.entered(recording):
         layer(np.ones([4, 3]))
-    assert [site.name for site in recording.sites] == [layer.name]
+    (claims,) = recording.claims.values()
+    assert [claim.call.name for claim in claims] == [layer.name]
+    assert list(recording.claims) == [layer.perturbation]
 
 
 class CallsTwice(keras.layers.Layer):
@@ -124,10 +127,10 @@ def test_what_does_not_depend_on_the_noise_is_taken_once():
 
     @tf.function
     def run(noise, x):
-        seen.append(perturbation._depends(x * 2.0, [noise]))
-        seen.append(perturbation._depends(x * noise, [noise]))
+        seen.append(graph_ops.depends(x * 2.0, [noise]))
+        seen.append(graph_ops.depends(x * noise, [noise]))
         random = tf.random.stateless_uniform([2], [1, 2])
-        seen.append(perturbation._depends(x + random, [noise]))
+        seen.append(graph_ops.depends(x + random, [noise]))
         return x
 
     seen = []

@@ -1,65 +1,99 @@
-"""How a population is shared out: pure functions."""
+"""How a population is shared out, and its losses come together again."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_vo import fitness_shaping
-from keras_vo.replicas import Share, shaped_where_evaluated, was_evaluated
+from keras_vo.search import credit
+from keras_vo.search.communicator import Alone
+from keras_vo.search.members import Shard
 
 
-@pytest.mark.parametrize("draws", [1, 2, 5, 12])
+@pytest.mark.parametrize("directions", [1, 2, 5, 12])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
-def test_each_draw_has_one_replica(draws, replicas):
-    shares = [Share.make(draws, r, replicas) for r in range(replicas)]
-    counted = [range(s.start, s.start + s.size) for s in shares if s.counts]
-    assert sorted(i for r in counted for i in r) == list(range(draws))
+def test_each_direction_has_one_replica(directions, replicas):
+    shards = [Shard.make(directions, r, replicas) for r in range(replicas)]
+    counted = [range(s.start, s.start + s.size) for s in shards if s.counts]
+    assert sorted(i for r in counted for i in r) == list(range(directions))
     sizes = [len(r) for r in counted]
     assert max(sizes) - min(sizes) <= 1
-    assert all(0 <= s.start < s.start + s.size <= draws for s in shares)
+    assert all(0 <= s.start < s.start + s.size <= directions for s in shards)
+
+
+class Replica:
+    """One of several, asked one after another.
+
+    The first time each adds its message to that of all, and the second it
+    gets what they have added up to.
+    """
+
+    def __init__(self, index, count, messages):
+        self.index, self.count = index, count
+        self.messages = messages
+
+    def sum(self, tensors):
+        (message,) = tensors
+        self.messages.append(message.numpy())
+        return [tf.constant(np.sum(self.messages[: self.count], axis=0))]
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
 def test_placed_losses_add_up_to_all(replicas):
-    """[+0, +1, ..., -0, -1, ...], with a replica that has evaluated none."""
+    """[+0, +1, ..., -0, -1, ...], with a replica that has evaluated none.
+
+    What is not finite is the worst, inf; what is missing NaN.
+    """
     losses = np.arange(10, dtype="float32")
     losses[[2, 6]] = np.inf, np.nan
-    total = np.zeros(10, "float32")
     missing = np.zeros(10, bool)
-    for replica in range(replicas):
-        share = Share.make(5, replica, replicas)
-        own = losses.reshape(2, 5)[:, share.start : share.start + share.size]
+    messages = []
+    for replica in [*range(replicas)] * 2:
+        shard = Shard.make(5, replica, replicas)
+        own = losses.reshape(2, 5)[:, shard.start : shard.start + shard.size]
         evaluated = replica != 1
-        if not evaluated and share.counts:
+        if not evaluated and shard.counts:
             columns = missing.reshape(2, 5)
-            columns[:, share.start : share.start + share.size] = True
-        total += share.place(
-            tf.constant(own.ravel()), tf.constant(evaluated)
-        ).numpy()
-    np.testing.assert_array_equal(was_evaluated(tf.constant(total)), ~missing)
-    np.testing.assert_array_equal(total[~missing], losses[~missing])
+            columns[:, shard.start : shard.start + shard.size] = True
+        pooled = credit.pool(
+            credit.Outcomes(
+                {credit.MEMBER: tf.constant(own.ravel())},
+                examples=tf.constant(3 * evaluated),
+            ),
+            lambda values: tf.where(tf.math.is_inf(values), 100.0, values),
+            shard,
+            Replica(replica, replicas, messages) if replicas > 1 else Alone(),
+        )
+    want = np.where(np.isnan(losses), np.inf, losses)
+    np.testing.assert_array_equal(np.isnan(pooled.losses), missing)
+    np.testing.assert_array_equal(pooled.losses[~missing], want[~missing])
+    assert pooled.known == np.sum(~missing)
+    assert (pooled.utilities.numpy()[missing] == 0).all()
 
 
 def test_taken_rows():
     values = tf.reshape(tf.range(10), [5, 2])
-    share = Share.make(5, 1, 2)
-    np.testing.assert_array_equal(share.take(values), values[2:])
-    idle = Share.make(1, 0, 2)
+    shard = Shard.make(5, 1, 2)
+    np.testing.assert_array_equal(shard.take(values), values[2:])
+    idle = Shard.make(1, 0, 2)
     assert not idle.counts
     np.testing.assert_array_equal(idle.take(values[:1]), [[0, 0]])
 
 
-def shaped(name, losses, evaluated, signs):
-    return shaped_where_evaluated(
+def shaped(name, losses, known, signs):
+    """The utilities; they are a mean over as many members as are known."""
+    pooled = credit.shaped_where_known(
         fitness_shaping.get(name, antithetic=signs == 2),
-        tf.constant(losses, tf.float32),
-        tf.constant(evaluated),
+        tf.constant(np.where(known, losses, np.nan), tf.float32),
         signs,
-    ).numpy()
+    )
+    assert pooled.known == np.sum(known)
+    np.testing.assert_array_equal(np.isnan(pooled.losses), ~np.array(known))
+    return pooled.utilities.numpy()
 
 
 @pytest.mark.parametrize("name", ["identity", "centered_rank", "nes"])
-def test_all_evaluated_changes_no_bit(name):
+def test_all_known_changes_no_bit(name):
     losses = np.random.default_rng(0).normal(size=12).astype("float32")
     expected = fitness_shaping.get(name, antithetic=True)(tf.constant(losses))
     np.testing.assert_array_equal(
@@ -67,9 +101,9 @@ def test_all_evaluated_changes_no_bit(name):
     )
 
 
-def test_half_evaluated_is_a_population_of_half_the_size():
-    """Draws 0, 2, 4 of 6: each stands in for one other, so that standardized
-    utilities are twice those of the three alone, and ranks are close."""
+def test_half_of_it_is_a_population_of_half_the_size():
+    """Directions 0, 2, 4 of 6: each stands in for one other, so that
+    standardized utilities are those of the three alone, and ranks are close."""
     losses = np.random.default_rng(1).normal(size=12).astype("float32")
     known = np.tile([True, False], 6)
     alone = tf.constant(losses[known])
@@ -79,22 +113,42 @@ def test_half_evaluated_is_a_population_of_half_the_size():
         np.testing.assert_allclose(utilities.sum(), 0, atol=1e-5)
         expected = fitness_shaping.get(name, antithetic=True)(alone)
         np.testing.assert_allclose(
-            utilities[known], 2 * expected.numpy(), rtol=tolerance
+            utilities[known], expected.numpy(), rtol=tolerance
         )
 
 
-def test_what_was_not_evaluated_has_no_say():
+def test_what_is_missing_has_no_say():
     losses = np.array([1.0, 2.0, 3.0, 4.0], "float32")
     known = np.array([True, False, True, True])
-    for value in (0.0, -1e30, np.nan):
-        losses[1] = value
-        utilities = shaped("identity", losses, known, 1)
-        assert utilities[1] == 0
-        assert utilities[0] < utilities[2] < utilities[3]
-        np.testing.assert_allclose(utilities.sum(), 0, atol=1e-6)
+    utilities = shaped("identity", losses, known, 1)
+    assert utilities[1] == 0
+    assert utilities[0] < utilities[2] < utilities[3]
+    np.testing.assert_allclose(utilities.sum(), 0, atol=1e-6)
 
 
-def test_none_evaluated():
+@pytest.mark.parametrize("value", [0.0, -1e30, np.nan])
+def test_what_a_replica_without_examples_says_of_its_members(value):
+    """Nothing, whatever the number is. (Of "identity", see the docstring.)"""
+    losses, messages = [[1.0, value], [3.0, 4.0]], []
+    for replica in [0, 1] * 2:
+        pooled = credit.pool(
+            credit.Outcomes(
+                {credit.MEMBER: tf.constant(losses[replica])},
+                examples=tf.constant(replica),
+            ),
+            fitness_shaping.get("identity", antithetic=False),
+            Shard.make(4, replica, 2),
+            Replica(replica, 2, messages),
+        )
+    np.testing.assert_array_equal(pooled.losses, [np.nan, np.nan, 3, 4])
+    share = 4 * (2 - 1) / (2 * (4 - 1))  # N (M - 1) / (M (N - 1))
+    np.testing.assert_allclose(
+        pooled.utilities, [0, 0, -share, share], rtol=1e-6
+    )
+    assert pooled.known == 2
+
+
+def test_none_known():
     np.testing.assert_array_equal(
         shaped("centered_rank", np.zeros(4), np.zeros(4, bool), 2), 0
     )

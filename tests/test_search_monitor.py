@@ -24,16 +24,12 @@ from test_optimizer import (
 )
 
 import keras_vo
-from keras_vo import (
-    adaptation,
-    diagnostics,
-    distribution,
-    layout,
-    signal_to_noise,
-)
-from keras_vo import search_distribution as distribution_lib
 from keras_vo.callbacks import SearchMonitor
 from keras_vo.layers import LocalReparamDense, LowRankDense
+from keras_vo.monitor import observer
+from keras_vo.perturbations import full, low_rank
+from keras_vo.replicas import strategies, workers
+from keras_vo.search import follow_mean, gaussian, layout, signal_to_noise
 
 
 def layers_of(kind):
@@ -180,7 +176,8 @@ def test_numbers_against_numpy_where_sigma_is_raised(variance):
     with monitor.attached(optimizer):
         for step in range(5):
             mean, sigma = flat([kernel]), flat(optimizer.stddevs)
-            base = np.broadcast_to(np.exp(optimizer._base.numpy() / 2), 120)
+            base = optimizer._rule_state["base_log_variance"].numpy()
+            base = np.broadcast_to(np.exp(base / 2), 120)
             optimizer.minimize(lambda w: tf.reduce_sum(w[0] ** 2), [kernel])
             monitor.record()
             z = reference.members(noise_of(optimizer, step, 4, size=120), True)
@@ -218,16 +215,16 @@ def test_step_kl_is_kl_divergence(structure):
     )
     weights = layout.WeightLayout(((2, 3), (4,), ()), ("float64",) * 3, groups)
     rng = np.random.default_rng(0)
-    size = len(weights.group_sizes)
+    size = weights.num_groups
     mean, new_mean = rng.normal(size=(2, 11))
     beta, new_beta = rng.normal(size=(2, size))
     expand = weights.expand
-    want = distribution_lib.kl_divergence(
+    want = gaussian.kl_divergence(
         tf.constant(new_mean - mean),
         expand(tf.constant(beta)),
         expand(tf.constant(new_beta)),
     )
-    got = diagnostics.step_kl(
+    got = gaussian.step_kl(
         weights.unflatten(tf.constant(mean)),
         weights.unflatten(tf.constant(new_mean)),
         tf.constant(beta),
@@ -239,13 +236,13 @@ def test_step_kl_is_kl_divergence(structure):
 
 def test_the_median_of_many_sigmas_is_that_of_a_sample():
     values = np.random.default_rng(1).normal(size=20_000)
-    got = float(diagnostics._median_of_sigma(tf.constant(values)))
+    got = float(observer._median_of_sigma(tf.constant(values)))
     got = 2 * np.log(got)
     assert np.min(np.abs(values - got)) < 1e-12  # an odd number of them
     # The share of values below it: standard error .016.
     assert abs(np.mean(values < got) - 0.5) < 0.06
     few = tf.constant(2 * np.log([3.0, 1.0, 2.0, 10.0]))
-    np.testing.assert_allclose(diagnostics._median_of_sigma(few), 2.5)
+    np.testing.assert_allclose(observer._median_of_sigma(few), 2.5)
 
 
 # --- signal and noise ---
@@ -326,8 +323,8 @@ def test_noise_is_the_variance_of_the_gradient(
     Where sigma is learned by natural gradients it is 1.28 s, as if raised.
     """
     if natural:
-        monkeypatch.setattr(adaptation, "follows", lambda *_: [True, True])
-        monkeypatch.setattr(adaptation, "lifted", lambda base, *_: base + 0.5)
+        monkeypatch.setattr(follow_mean, "follows", lambda *_: [True, True])
+        monkeypatch.setattr(follow_mean, "lifted", lambda base, *_: base + 0.5)
     optimizer = models.make_optimizer(
         keras_vo.GaussianSearchDistribution(
             variance, stddev=0.2, learning_rate=1e-12
@@ -344,7 +341,7 @@ def test_noise_is_the_variance_of_the_gradient(
         change = tf.random.stateless_uniform(shape, [0, 1], -1.0, 0.5)
         optimizer._log_variance.assign_add(change)
         if natural:
-            optimizer._base.assign_add(change)
+            optimizer._rule_state["base_log_variance"].assign_add(change)
     gradients = []
 
     class Gradients(keras.callbacks.Callback):
@@ -380,7 +377,7 @@ def test_squares_of_low_rank_noise():
     noise = np.einsum("nri,nro->nio", left, right) / math.sqrt(2)
     by_weight = np.outer([1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0])
     for f in (np.array(0.3), by_weight):
-        got = signal_to_noise.kernel_squares(
+        got = low_rank.kernel_squares(
             *map(tf.constant, (left, right, weights, f))
         )
         want = np.sum(weights**2 * np.sum((f * noise) ** 2, axis=(1, 2)))
@@ -392,9 +389,9 @@ def test_squares_of_full_noise(size):
     rng = np.random.default_rng(0)
     noise, weights = rng.normal(size=(6, size)), rng.normal(size=6)
     f = np.linspace(0.1, 2.0, size)
-    got = signal_to_noise.full_squares(*map(tf.constant, (noise, weights, f)))
+    got = full.full_squares(*map(tf.constant, (noise, weights, f)))
     want = np.sum(weights**2 * np.sum((f * noise) ** 2, axis=1))
-    rtol = 1e-12 if size < signal_to_noise.COLUMNS else 0.1
+    rtol = 1e-12 if size < full._COLUMNS else 0.1
     np.testing.assert_allclose(got, want, rtol=rtol)
 
 
@@ -816,7 +813,7 @@ with monitor.attached(optimizer):
 @pytest.mark.parametrize("exchange", ["fitness", "gradient"])
 def test_two_replicas_record_what_one_does(exchange):
     def search(strategy):
-        with distribution.entered(strategy):
+        with strategies.entered(strategy):
             weights = [tf.Variable([[0.5, -1.0], [2.0, 0.3]]), tf.Variable(0.1)]
             optimizer = keras_vo.VOOptimizer(
                 seed=5,
@@ -857,7 +854,7 @@ def test_fit_in_replicas(kind, tmp_path, monkeypatch):
     assert first["step"] == [64.0]
     assert first["evaluations"] == [64.0 * 8]
     assert np.isfinite(first["gradient_snr"][0])
-    monkeypatch.setattr(distribution, "is_first_worker", lambda strategy: False)
+    monkeypatch.setattr(workers, "is_first_worker", lambda strategy: False)
     second = run(tmp_path / "second.csv", png=tmp_path / "second.png")
     assert_same_columns(first, second)
     names = sorted(path.name for path in tmp_path.iterdir())

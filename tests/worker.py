@@ -17,7 +17,6 @@ import numpy as np
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import distribution
 
 OPTIONS = {
     "strategy": "keras_vo",  # or "tensorflow"
@@ -81,7 +80,9 @@ def model(options):
 def main(options):
     worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     if options["strategy"] == "keras_vo":
-        strategy = distribution.multi_worker_strategy(options["start_timeout"])
+        strategy = keras_vo.distribution.multi_worker_strategy(
+            options["start_timeout"]
+        )
     else:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():

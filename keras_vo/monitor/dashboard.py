@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_vo.records import make_parent
+from keras_vo.monitor.records import make_parent
 
 __all__ = ["draw"]
 

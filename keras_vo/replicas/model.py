@@ -14,23 +14,19 @@ import inspect
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_vo import distribution
+from keras_vo.keras_compat import TrainerHooks, initial_epoch
+from keras_vo.replicas import strategies, workers
 
 __all__ = ["ReplicatedModel"]
 
-if TYPE_CHECKING:  # what the mixin is mixed into is as untyped as Keras
-    from typing import Any as _KerasModel
-else:
-    _KerasModel = object
 
-
-class ReplicatedModel(_KerasModel):
+class ReplicatedModel(TrainerHooks):
     """Mixin: `fit`, `evaluate` and `predict` under tf.distribute."""
 
     jit_compile: bool  # Keras's property
@@ -40,8 +36,8 @@ class ReplicatedModel(_KerasModel):
     def made_under(self) -> Any:
         """The strategy that the model was made under; `None`: no one."""
         strategy = self.distribute_strategy
-        with distribution.entered(strategy):
-            return distribution.current_strategy()
+        with strategies.entered(strategy):
+            return strategies.current_strategy()
 
     _evaluating = False
     _facts: dict[str, Any] | None = None
@@ -58,7 +54,7 @@ class ReplicatedModel(_KerasModel):
             RuntimeError: a worker was lost.
         """
         strategy = self.made_under
-        if not distribution.is_multi_worker(strategy):
+        if not strategies.is_multi_worker(strategy):
             return super().fit(*args, **kwargs)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         given = bound.arguments
@@ -83,11 +79,11 @@ class ReplicatedModel(_KerasModel):
         else:
             given["callbacks"] = [*callbacks, compare]
         try:
-            with distribution.lost_workers_explained(strategy):
+            with workers.lost_workers_explained(strategy):
                 with _kept(backups):
                     history = super().fit(*bound.args, **bound.kwargs)
                 # Not before all have written their last backup.
-                distribution.wait_for_workers(strategy)
+                workers.wait_for_workers(strategy)
         finally:
             self._facts = None
         for backup in backups:
@@ -97,12 +93,12 @@ class ReplicatedModel(_KerasModel):
 
     def _compare_workers(self) -> None:
         """Before the first step, when a backup has been restored."""
-        distribution.compare_workers(
+        workers.compare_workers(
             self.made_under,
             (self._facts or {})
             | {
                 # Where BackupAndRestore lets Keras begin.
-                "initial_epoch": self._initial_epoch,
+                "initial_epoch": initial_epoch(self),
                 "steps_per_execution": self.steps_per_execution,
                 "SearchMonitor": getattr(self.optimizer, "observer", None)
                 is not None,
@@ -117,14 +113,14 @@ class ReplicatedModel(_KerasModel):
         """As in Keras."""
         self._evaluating = True
         try:
-            with distribution.lost_workers_explained(self.made_under):
+            with workers.lost_workers_explained(self.made_under):
                 return super().evaluate(*args, **kwargs)
         finally:
             self._evaluating = False
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras."""
-        with distribution.lost_workers_explained(self.made_under):
+        with workers.lost_workers_explained(self.made_under):
             return super().predict(*args, **kwargs)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +140,7 @@ class ReplicatedModel(_KerasModel):
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; of several workers, only the first writes."""
-        if distribution.is_first_worker(self.made_under):
+        if workers.is_first_worker(self.made_under):
             return super().export(*args, **kwargs)
         return None
 
@@ -156,12 +152,12 @@ class ReplicatedModel(_KerasModel):
         same as the others', and never leaves half of one.
         """
         strategy = self.made_under
-        if not distribution.is_multi_worker(strategy) or "://" in str(filepath):
+        if not strategies.is_multi_worker(strategy) or "://" in str(filepath):
             yield filepath
             return
         target = pathlib.Path(filepath)
         written = target.with_name(
-            f"{distribution.worker_name(strategy)}-{target.name}"
+            f"{workers.worker_name(strategy)}-{target.name}"
         )
         try:
             yield str(written)
@@ -169,49 +165,49 @@ class ReplicatedModel(_KerasModel):
         finally:
             written.unlink(missing_ok=True)
 
-    def _maybe_symbolic_build(
-        self, iterator: Any = None, data_batch: Any = None
+    def build_from_data(
+        self, build: Callable[..., None], iterator: Any, data_batch: Any
     ) -> None:
         """Builds the model from the first batch, as it does in Keras.
 
-        Private, since nothing public comes between the first batch and its
-        use. Keras takes the mean of the batch over replicas, which fails
-        unless all shards are of one size, and on several machines.
+        Keras takes the mean of the batch over replicas, which fails unless all
+        shards are of one size, and on several machines.
         """
         if iterator is not None and self._facts is not None:
             self._facts.setdefault("steps_per_epoch", iterator.num_batches)
         if iterator is not None and self.made_under is not None:
             for _, _, batches in iterator:
-                data_batch = distribution.first_local(
+                data_batch = strategies.first_local(
                     next(batches), self.made_under
                 )
                 break
             iterator = None
-        super()._maybe_symbolic_build(iterator, data_batch)
+        build(iterator, data_batch)
 
-    def _make_function(self, step: Callable[[Any], Any]) -> Any:
+    def make_step_function(
+        self, make: Callable[[Any], Any], step: Callable[[Any], Any]
+    ) -> Any:
         """The function of a training or test step, as it is in Keras.
 
-        Private, since the public functions around it would have to be written
-        anew. On several machines Keras takes the mean of a step's results over
-        their first axis: numbers get one. Sums over replicas can't be in the
-        loop in which Keras takes `steps_per_execution` steps (keras#19246):
-        they are taken one after another.
+        On several machines Keras takes the mean of a step's results over their
+        first axis: numbers get one. Sums over replicas can't be in the loop in
+        which Keras takes `steps_per_execution` steps (keras#19246): they are
+        taken one after another.
         """
         if self.made_under is None:
-            return super()._make_function(step)
-        if distribution.is_multi_worker(self.made_under):
+            return make(step)
+        if strategies.is_multi_worker(self.made_under):
             step = _with_first_axis(step)
         # XLA can compile neither sums over replicas nor what is around them.
         jit_compile, self.jit_compile = self.jit_compile, False
         try:
-            one_step = super()._make_function(step)
+            one_step = make(step)
         finally:
             self.jit_compile = jit_compile
 
         def function(iterator: Any) -> Any:
             is_dataset = isinstance(
-                iterator, (tf.data.Iterator, distribution.DistributedIterator)
+                iterator, (tf.data.Iterator, strategies.DistributedIterator)
             )
             steps, self.steps_per_execution = self.steps_per_execution, 1
             outputs = None

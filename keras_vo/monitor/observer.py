@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_vo import distribution
-from keras_vo.layout import WeightLayout
-from keras_vo.signal_to_noise import signal_to_noise
-from keras_vo.spaces import SearchGradient
+from keras_vo.replicas import strategies
+from keras_vo.search.engine import Report, Search
+from keras_vo.search.estimators import Direction
+from keras_vo.search.gaussian import step_kl, stddev_of
+from keras_vo.search.layout import WeightLayout
+from keras_vo.search.signal_to_noise import signal_to_noise
 
-__all__ = ["NUMBERS", "ObservedStep", "StepObserver", "step_kl"]
+__all__ = ["NUMBERS", "ObservedStep", "StepObserver", "observed"]
 
 # In the order of the variable; sigma of each layer comes after them.
 NUMBERS = (
@@ -48,28 +50,60 @@ class ObservedStep(NamedTuple):
     Attributes:
         layout: of the weights.
         generation: number of populations before this one.
-        mean: the weight tensors mu before the step.
-        new_mean: those after it.
+        means: the weight tensors mu before the step.
+        new_means: those after it.
         log_variance: beta [groups] before the step.
         new_log_variance: beta [groups] after it.
-        gradient: that of the mean is as the inner optimizer gets it.
-        signs: members of a draw.
-        losses: of the members [N].
+        direction: that of the mean is as the inner optimizer gets it.
+        signs: members of a direction.
+        losses: of the members [N]; NaN where missing, inf where not finite.
         utilities: of the members [N].
-        evaluated: which members [N] were.
     """
 
     layout: WeightLayout
     generation: tf.Tensor
-    mean: list[tf.Tensor]
-    new_mean: list[tf.Tensor]
+    means: list[tf.Tensor]
+    new_means: list[tf.Tensor]
     log_variance: tf.Tensor
     new_log_variance: tf.Tensor
-    gradient: SearchGradient
+    direction: Direction
     signs: int
     losses: tf.Tensor
     utilities: tf.Tensor
-    evaluated: tf.Tensor
+
+    @property
+    def evaluated(self) -> tf.Tensor:
+        """Which members [N] were."""
+        return ~tf.math.is_nan(self.losses)
+
+
+def observed(
+    search: Search, report: Report, variables: Sequence[Any]
+) -> ObservedStep:
+    """A step as its observer sees it.
+
+    Args:
+        search: before the step.
+        report: of the step.
+        variables: mu, after it.
+    """
+    gaussian = search.state.gaussian
+    return ObservedStep(
+        gaussian.layout,
+        search.state.generation,
+        gaussian.means,
+        [tf.convert_to_tensor(v) for v in variables],
+        gaussian.log_variance,
+        tf.where(
+            report.any_finite,
+            report.proposal.log_variance,
+            gaussian.log_variance,
+        ),
+        report.direction,
+        2 if search.settings.antithetic else 1,
+        report.losses,
+        report.utilities,
+    )
 
 
 class StepObserver:
@@ -103,7 +137,7 @@ class StepObserver:
             groups: for each weight tensor, its layer.
             names: of the layers.
         """
-        self.strategy = distribution.current_strategy()
+        self.strategy = strategies.current_strategy()
         self._layers = [
             [i for i, group in enumerate(groups) if group == layer]
             for layer in range(len(names))
@@ -114,13 +148,13 @@ class StepObserver:
             for statistic in ("min", "median", "max")
         )
         with tf.init_scope():
-            self._rows = distribution.replica_local_variable(
+            self._rows = strategies.replica_local_variable(
                 tf.zeros([self._capacity, len(self.names)], tf.float64)
             )
-            self._evaluations = distribution.replica_local_variable(
+            self._evaluations = strategies.replica_local_variable(
                 tf.zeros([], tf.float64)
             )
-            self._previous = distribution.replica_local_variable(
+            self._previous = strategies.replica_local_variable(
                 tf.zeros([layout.size], layout.dtype)
             )
 
@@ -129,13 +163,13 @@ class StepObserver:
         self._evaluations.assign_add(_count(step.evaluated))
         if self.every == 1:
             self._keep(step)
-            self._previous.assign(step.gradient.mean)
+            self._previous.assign(step.direction.mean)
             return
         number = step.generation + 1
         _only_if(number % self.every == 0, lambda: self._keep(step))
         _only_if(
             (number + 1) % self.every == 0,
-            lambda: self._previous.assign(step.gradient.mean),
+            lambda: self._previous.assign(step.direction.mean),
         )
 
     def _keep(self, step: ObservedStep) -> None:
@@ -151,14 +185,14 @@ class StepObserver:
 
     def read(self) -> np.ndarray:
         """The numbers of the last steps, [capacity, names]; 0 before them."""
-        return distribution.first_local(self._rows, self.strategy).numpy()
+        return strategies.first_local(self._rows, self.strategy).numpy()
 
     @property
     def evaluations(self) -> float:
         """Members evaluated so far."""
         if not self.names:  # not built
             return 0.0
-        count = distribution.first_local(self._evaluations, self.strategy)
+        count = strategies.first_local(self._evaluations, self.strategy)
         return float(count.numpy())
 
     def _sigmas(self, step: ObservedStep) -> tf.Tensor:
@@ -166,70 +200,17 @@ class StepObserver:
         if step.layout.groups is not None:
             groups = [step.layout.groups[layer[0]] for layer in self._layers]
             beta = tf.gather(step.new_log_variance, np.repeat(groups, 3))
-            return tf.exp(0.5 * beta)
+            return stddev_of(beta)
         parts = step.layout.per_tensor(step.new_log_variance)
         values = []
         for layer in self._layers:
             flat = [tf.reshape(parts[i], [-1]) for i in layer]
             values += [
-                tf.exp(0.5 * tf.reduce_min([tf.reduce_min(x) for x in flat])),
+                stddev_of(tf.reduce_min([tf.reduce_min(x) for x in flat])),
                 _median_of_sigma(tf.concat(flat, axis=0)),
-                tf.exp(0.5 * tf.reduce_max([tf.reduce_max(x) for x in flat])),
+                stddev_of(tf.reduce_max([tf.reduce_max(x) for x in flat])),
             ]
         return tf.stack(values)
-
-
-def step_kl(
-    mean: Sequence[tf.Tensor],
-    new_mean: Sequence[tf.Tensor],
-    log_variance: tf.Tensor,
-    new_log_variance: tf.Tensor,
-    layout: WeightLayout,
-) -> tf.Tensor:
-    """KL of a step, eq. (14) of [1], by group: a scalar float64.
-
-    `search_distribution.kl_divergence` of the same step, but with one
-    logarithm for each variance instead of for each weight:
-
-        sum_g D_g (exp(x_g) - 1 - x_g) / 2 + |mu'_g - mu_g|^2 / (2 sigma'_g^2)
-
-    with x = beta - beta'.
-
-    Args:
-        mean: the weight tensors before the step.
-        new_mean: those after it.
-        log_variance: beta, [groups].
-        new_log_variance: beta', [groups].
-        layout: which weights share a variance.
-    """
-    changes = [
-        tf.cast(new, layout.dtype) - tf.cast(old, layout.dtype)
-        for old, new in zip(mean, new_mean, strict=True)
-    ]
-    if layout.groups is None:
-        sizes: Any = 1.0
-        squares = layout.by_group([tf.square(x) for x in changes])
-        beta, new_beta = log_variance, new_log_variance
-    else:  # few numbers, of which large ones are taken
-        sizes = tf.constant(layout.group_sizes, tf.float64)
-        squares, beta, new_beta = tf.unstack(
-            tf.cast(
-                tf.stack(
-                    [
-                        layout.by_group(
-                            [2.0 * tf.nn.l2_loss(x) for x in changes]
-                        ),
-                        log_variance,
-                        new_log_variance,
-                    ]
-                ),
-                tf.float64,
-            )
-        )
-    x = beta - new_beta
-    moved = squares * tf.exp(-new_beta)
-    terms = sizes * (tf.math.expm1(x) - x) + moved
-    return 0.5 * tf.cast(tf.reduce_sum(terms), tf.float64)
 
 
 def _only_if(condition: tf.Tensor, function: Callable[[], Any]) -> None:
@@ -245,7 +226,7 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
     finite = tf.math.is_finite(step.losses) & step.evaluated
     evaluated = _count(step.evaluated)
     nonfinite = evaluated - _count(finite)
-    gradient, dtype = step.gradient.mean, step.layout.dtype
+    gradient, dtype = step.direction.mean, step.layout.dtype
     norms = tf.sqrt(
         2.0 * tf.stack([tf.nn.l2_loss(gradient), tf.nn.l2_loss(previous)])
     )
@@ -253,7 +234,7 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
     cosine = tf.reduce_sum(gradient * previous) / tf.reduce_prod(norms)
     snr = signal_to_noise(
         tf.square(norms[0]),
-        step.gradient.squares,
+        step.direction.squares,
         tf.cast(evaluated, dtype) / step.signs,
     )
     spread = _spread(step.utilities, step.evaluated)
@@ -265,7 +246,7 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
             math.nan,
         )
     )
-    squares = [tf.nn.l2_loss(tf.cast(x, dtype)) for x in step.new_mean]
+    squares = [tf.nn.l2_loss(tf.cast(x, dtype)) for x in step.new_means]
     return {
         "step": tf.cast(step.generation + 1, tf.float64),
         "parameter_norm": tf.sqrt(2.0 * tf.cast(tf.add_n(squares), tf.float64)),
@@ -273,8 +254,8 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
         "gradient_cosine": cosine,
         "gradient_snr": snr,
         "kl": step_kl(
-            step.mean,
-            step.new_mean,
+            step.means,
+            step.new_means,
             step.log_variance,
             step.new_log_variance,
             step.layout,
@@ -307,4 +288,4 @@ def _median_of_sigma(values: tf.Tensor) -> tf.Tensor:
         size = _MEDIAN_SAMPLE
     ascending = tf.sort(values)
     middle = tf.stack([ascending[(size - 1) // 2], ascending[size // 2]])
-    return tf.reduce_mean(tf.exp(0.5 * middle))
+    return tf.reduce_mean(stddev_of(middle))

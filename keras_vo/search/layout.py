@@ -100,11 +100,23 @@ class WeightLayout:
         return tf.float64 if wide else tf.float32
 
     @property
-    def group_sizes(self) -> list[int]:
-        """Number of weights that share each variance."""
+    def num_groups(self) -> int:
+        """Number of variances."""
         if self.groups is None:
-            return [1] * self.size
-        totals = [0] * (max(self.groups, default=-1) + 1)
+            return self.size
+        return max(self.groups, default=-1) + 1
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of weights that share each variance.
+
+        Raises:
+            ValueError: every weight has its own; a list of ones, as long as
+                there are weights, has no place in a graph.
+        """
+        if self.groups is None:
+            raise ValueError("Expected shared variances. Received: none")
+        totals = [0] * self.num_groups
         for group, size in zip(self.groups, self.sizes, strict=True):
             totals[group] += size
         return totals
@@ -149,7 +161,7 @@ class WeightLayout:
         """
         if self.groups is None:
             return self.flatten(values)
-        totals: list[list[tf.Tensor]] = [[] for _ in self.group_sizes]
+        totals: list[list[tf.Tensor]] = [[] for _ in range(self.num_groups)]
         for group, value in zip(self.groups, values, strict=True):
             totals[group].append(value)
         sums = [tf.reshape(tf.add_n(total), [1]) for total in totals]
@@ -173,7 +185,7 @@ class WeightLayout:
         Returns a tensor that broadcasts against [d]: [d], or [1] where all
         weights share one value.
         """
-        if not self.groups or len(self.group_sizes) == 1:
+        if not self.groups or self.num_groups == 1:
             return values
         return tf.repeat(tf.gather(values, self.groups), self.sizes)
 
@@ -181,7 +193,7 @@ class WeightLayout:
         """Sums [n, d] over the weights of each group: [n, groups]."""
         if not self.groups:
             return vectors
-        if len(self.group_sizes) == 1:
+        if self.num_groups == 1:
             return tf.reduce_sum(vectors, axis=-1, keepdims=True)
         runs = [
             (group, sum(size for _, size in members))
@@ -189,7 +201,7 @@ class WeightLayout:
                 zip(self.groups, self.sizes, strict=True), lambda item: item[0]
             )
         ]
-        totals: list[list[tf.Tensor]] = [[] for _ in self.group_sizes]
+        totals: list[list[tf.Tensor]] = [[] for _ in range(self.num_groups)]
         parts = tf.split(vectors, [size for _, size in runs], axis=-1)
         for (group, _), part in zip(runs, parts, strict=True):
             totals[group].append(tf.reduce_sum(part, axis=-1))
@@ -197,5 +209,7 @@ class WeightLayout:
 
     def group_means(self, vector: tf.Tensor) -> tf.Tensor:
         """Means of a vector [d] over the weights of each group: [groups]."""
+        if self.groups is None:
+            return vector
         sizes = tf.cast(tf.constant(self.group_sizes), vector.dtype)
         return self.group_sums(vector[None])[0] / sizes

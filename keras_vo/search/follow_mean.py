@@ -18,7 +18,7 @@ the mean has been stays within the search distribution. Steps that go one way
 add up in it and steps that go to and fro cancel, as in the evolution paths of
 [1]; where the mean comes to rest, sigma falls back to s. With natural
 gradients the steps of the mean take their size from s
-(`estimators.based_mean_gradient`): there is no loop that could run away.
+(`estimators.based_mean_scale`): there is no loop that could run away.
 
 From above, the network's shape says what is too much: noise of sigma on the
 weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
@@ -26,7 +26,7 @@ what comes in. So the mean raises sigma to 1.5 / sqrt(fan in) at most, and
 where sigma_0 is more than 3 / sqrt(fan in), s starts at 1 / sqrt(fan in). The
 fan in is a mean over all kernels.
 
-BUILD_NOTES.md, "Adapting the variance", has what else was tried.
+docs/decisions has what else was tried.
 
 References:
     [1] Hansen, Ostermeier, "Completely Derandomized Self-Adaptation in
@@ -35,13 +35,18 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import tensorflow as tf
 
-from keras_vo.layout import WeightLayout
+from keras_vo.search.estimators import Direction
+from keras_vo.search.gaussian import Gaussian, stddev_of
+from keras_vo.search.layout import WeightLayout
+from keras_vo.search.rules import Descent, Proposal, State, Step
 
 __all__ = [
+    "FollowMean",
     "averaged_mean",
     "blind_growth",
     "follows",
@@ -53,6 +58,69 @@ _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
 _MOST_LIFTED, _MOST_NOISE = 1.5, 3.0
 _BLIND_RATE = 0.06
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowMean:
+    """The rule: beta descends from a base, and sigma follows the mean.
+
+    Its state is `base_log_variance`, log s^2 [groups], and `averaged_mean`, m
+    [d].
+
+    Attributes:
+        descent: of the base.
+        blocks: which weights adapt as a whole, each a union of groups.
+        population_size: N.
+    """
+
+    descent: Descent
+    blocks: WeightLayout
+    population_size: int
+
+    def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
+        return {
+            "base_log_variance": gaussian.log_variance,
+            "averaged_mean": gaussian.mean,
+        }
+
+    def base_stddev(self, state: State) -> tf.Tensor | None:
+        return stddev_of(state["base_log_variance"])
+
+    def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
+        lift = lifted(
+            self._next_base(step, state),
+            proposal.mean - self._average(step, state),
+            step.gaussian.layout,
+            self.blocks,
+            self.population_size,
+        )
+        return proposal._replace(log_variance=self.descent.bounds.clip(lift))
+
+    def settle(
+        self, step: Step, proposal: Proposal, state: State
+    ) -> dict[str, tf.Tensor]:
+        base, new_base = (
+            state["base_log_variance"],
+            self._next_base(step, state),
+        )
+        if proposal.fraction is not None:
+            new_base = base + proposal.fraction * (new_base - base)
+        average = averaged_mean(
+            self._average(step, state), proposal.mean, step.updates + 1
+        )
+        return {"base_log_variance": new_base, "averaged_mean": average}
+
+    def _next_base(self, step: Step, state: State) -> tf.Tensor:
+        base = blind_growth(state["base_log_variance"], step.direction)
+        return self.descent.descend(base, step.direction)
+
+    def _average(self, step: Step, state: State) -> tf.Tensor:
+        """m; before the first step weights may have been loaded."""
+        return tf.where(
+            tf.equal(step.updates, 0),
+            step.gaussian.mean,
+            state["averaged_mean"],
+        )
 
 
 def follows(blocks: WeightLayout, population_size: int) -> list[bool]:
@@ -98,9 +166,7 @@ def averaged_mean(
     return average + (mean - average) / horizon
 
 
-def blind_growth(
-    log_variance: tf.Tensor, gradient: tf.Tensor, mean_gradient: tf.Tensor
-) -> tf.Tensor:
+def blind_growth(log_variance: tf.Tensor, direction: Direction) -> tf.Tensor:
     """log s^2 grows by .06 where all losses are equal, else as it is.
 
     Then both gradients are exactly zero: sigma is too small to see a step of
@@ -108,11 +174,10 @@ def blind_growth(
 
     Args:
         log_variance: log s^2, [groups].
-        gradient: dU/dbeta, alike.
-        mean_gradient: dU/dmu, [d].
+        direction: the gradients.
     """
-    blind = tf.reduce_all(tf.equal(gradient, 0))
-    blind &= tf.reduce_all(tf.equal(mean_gradient, 0))
+    blind = tf.reduce_all(tf.equal(direction.log_variance, 0))
+    blind &= tf.reduce_all(tf.equal(direction.mean, 0))
     return tf.where(blind, log_variance + _BLIND_RATE, log_variance)
 
 

@@ -20,6 +20,11 @@ import keras
 import tensorflow as tf
 
 from keras_vo import checks
+from keras_vo.keras_compat import (
+    compiled_losses_replaced,
+    keeps_mask,
+    mask_of,
+)
 
 __all__ = ["ExampleLoss", "by_example", "checked_examples"]
 
@@ -29,7 +34,7 @@ class ExampleLoss:
 
     Args:
         loss: a `keras.losses.Loss`.
-        share: its weight among the losses of a model.
+        weight: its own among the losses of a model.
         weights: a list, to which each call appends the weights [batch] of the
             examples.
         inputs: of the model, [batch, ...], to check that each example has a
@@ -39,12 +44,12 @@ class ExampleLoss:
     def __init__(
         self,
         loss: Any,
-        share: Any,
+        weight: Any,
         weights: list[tf.Tensor],
         inputs: tf.Tensor | None = None,
     ) -> None:
         self._loss = loss
-        self._share = 1.0 if share is None else share
+        self._weight = 1.0 if weight is None else weight
         self._weights = weights
         self._inputs = inputs
 
@@ -78,7 +83,7 @@ class ExampleLoss:
         # The reduction divides by the batch, the valid positions, ...
         reduced = tf.reduce_mean(ones(*arguments))
         scale = tf.math.divide_no_nan(reduced, tf.reduce_mean(weights))
-        self._weights.append(self._share * _mean_of_positions(scale * weights))
+        self._weights.append(self._weight * _mean_of_positions(scale * weights))
         return _mean_of_positions(scale * values)
 
 
@@ -91,11 +96,8 @@ class _Ones(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = keras.ops.convert_to_tensor(self._of.call(y_true, y_pred))
-        ones = tf.ones_like(values)
-        mask = getattr(values, "_keras_mask", None)  # of `ignore_class`, say
-        if mask is not None:
-            ones._keras_mask = mask
-        return ones
+        # A mask is that of `ignore_class`, say.
+        return keeps_mask(tf.ones_like(values), mask_of(values))
 
 
 def _unreduced(loss: Any, arguments: tuple[Any, ...]) -> tf.Tensor:
@@ -126,23 +128,10 @@ def by_example(
         [batch], of mean 1 where there are no sample weights.
     """
     weights: list[tf.Tensor] = []
-    # Private: nothing else has the losses that names and dicts stand for.
-    compiled = model._compile_loss
-    # Not built: an overridden compute_loss does not call them.
-    if compiled is None or not compiled.built:
+    with compiled_losses_replaced(
+        model, lambda loss, weight: ExampleLoss(loss, weight, weights, inputs)
+    ):
         yield weights
-        return
-    losses = compiled._flat_losses
-    compiled._flat_losses = [
-        entry._replace(
-            loss=ExampleLoss(entry.loss, entry.loss_weights, weights, inputs)
-        )
-        for entry in losses
-    ]
-    try:
-        yield weights
-    finally:
-        compiled._flat_losses = losses
 
 
 def checked_examples(losses: Any, inputs: tf.Tensor | None = None) -> tf.Tensor:

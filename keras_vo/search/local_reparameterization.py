@@ -40,6 +40,7 @@ import tensorflow as tf
 __all__ = [
     "ActivationNoise",
     "activation_variance",
+    "column_squares",
     "log_variance_sums",
     "mean_sums",
     "scores",
@@ -140,6 +141,7 @@ class ActivationNoise:
             the others would be noise.
 
     Attributes:
+        has_bias: whether there is a bias that is searched over.
         variance: v in the mean network.
         fisher: Fisher information of a log variance common to kernel and
             bias, which all v are proportional to: the sum over examples of
@@ -154,7 +156,7 @@ class ActivationNoise:
         adapts: bool,
         mask: tf.Tensor | None = None,
     ) -> None:
-        self._has_bias = len(variances) > 1
+        self.has_bias = len(variances) > 1
         self._adapts = adapts
         dtype = variances[0].dtype
         self._mask = None if mask is None else tf.cast(mask, dtype)[..., None]
@@ -227,7 +229,7 @@ class ActivationNoise:
             )
         by_weight = list(zip(*sums, strict=True))
         return [
-            term for terms in by_weight[: 1 + self._has_bias] for term in terms
+            term for terms in by_weight[: 1 + self.has_bias] for term in terms
         ]
 
     def columns(
@@ -237,13 +239,13 @@ class ActivationNoise:
         utilities: tf.Tensor,
         units: tf.Tensor,
     ) -> list[tf.Tensor]:
-        """A column of each draw's term of the sums for mu.
+        """A column of each direction's term of the sums for mu.
 
         Args:
             noise: as in `sums`, and so are the next two.
             record: A and v.
             utilities: u.
-            units: the column of each draw, [chunk].
+            units: the column of each direction, [chunk].
 
         Returns:
             For the kernel [chunk, in], then for the bias [chunk, 1].
@@ -277,7 +279,12 @@ class ActivationNoise:
             flat = tf.reshape(tf.reduce_sum(score, axis=1), [count, -1])
             kernel = flat @ tf.reshape(inputs, [-1, inputs.shape[-1]])
         bias = tf.reduce_sum(flat, axis=1, keepdims=True)
-        return [kernel, bias][: 1 + self._has_bias]
+        return [kernel, bias][: 1 + self.has_bias]
+
+
+def column_squares(columns: tf.Tensor, units: int) -> tf.Tensor:
+    """sum_n |c_n|^2 from one of its `units` columns a direction, [n, rows]."""
+    return units * tf.reduce_sum(tf.square(columns))
 
 
 def _finite(values: tf.Tensor) -> tf.Tensor:

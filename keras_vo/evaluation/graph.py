@@ -1,0 +1,196 @@
+"""Evaluates a population in chunks, in a graph or eagerly.
+
+    seeds -> noise -> perturbed weights -> losses        (evaluate)
+    seeds -> noise -> sums weighted by utilities         (reduce)
+
+Only one chunk of perturbed weights exists at a time. The noise is kept
+between the two passes where it fits the memory budget, else drawn again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_vo.evaluation.vectorized import compiled
+from keras_vo.search.chunks import (
+    ChunkPlan,
+    Noise,
+    NoiseSource,
+    loop,
+    sum_over_chunks,
+)
+
+__all__ = ["Evaluation", "Found", "evaluate"]
+
+# From the noise of one direction and its sign to the member's losses by level,
+# and its records.
+Member = Callable[[Noise, float], tuple[Mapping[str, tf.Tensor], Any]]
+
+
+class Found(NamedTuple):
+    """What the evaluation of one member leaves; members are stacked.
+
+    Attributes:
+        losses: by level of credit.
+        records: what the score of each perturbed activation needs.
+    """
+
+    losses: Mapping[str, tf.Tensor]
+    records: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An evaluated population, see `keras_vo.search.credit.Evaluated`.
+
+    Attributes:
+        losses: of the members by level, [N, ...], all of the first sign first.
+        source: the noise, kept if its plan says so.
+        evaluate: from a chunk's index and noise to what its members leave.
+        first: the noise and the records of the first chunk.
+    """
+
+    losses: dict[str, tf.Tensor]
+    source: NoiseSource
+    evaluate: Callable[[tf.Tensor, Noise], Found]
+    first: tuple[Noise, Any]
+
+    def reduce(
+        self,
+        function: Callable[[Noise, Any, list[tf.Tensor]], Any],
+        weights: list[tf.Tensor],
+    ) -> Any:
+        """Sums `function(noise, records, weights)` over all chunks.
+
+        Records are those of the first evaluation in the first chunk; the
+        members of other chunks are evaluated again where there are any.
+        """
+
+        def chunk(index: tf.Tensor, noise: Noise, rows: list[tf.Tensor]) -> Any:
+            records = self.first[1]
+            if tf.nest.flatten(records):
+                records = self.evaluate(index, noise).records
+            return function(noise, records, rows)
+
+        return sum_over_chunks(
+            self.source,
+            lambda rows: function(*self.first, rows),
+            chunk,
+            weights,
+        )
+
+
+def evaluate(
+    member: Member, source: NoiseSource, jit_compile: bool = False
+) -> Evaluation:
+    """Evaluates all members: each direction once with every sign.
+
+    Args:
+        member: from the noise of one direction and its sign to its outcome.
+        source: the members' noise, not yet kept.
+        jit_compile: whether XLA compiles the evaluation (not the noise: XLA
+            draws other normals from the same seed).
+    """
+    plan, signs = source.plan, source.members.signs
+
+    def both_signs(noise: Noise) -> Found:
+        outcomes = [Found(*member(noise, sign)) for sign in signs]
+        return tf.nest.map_structure(lambda *t: tf.stack(t), *outcomes)
+
+    run = _chunk_evaluator(both_signs, plan, source.specs(), jit_compile)
+    first_noise = source.chunk(tf.constant(0))
+    first = run(tf.constant(0), first_noise)
+    losses = first.losses
+    if not plan.is_one:
+        losses, source = _evaluate_rest(source, run, first_noise, losses)
+    losses = {
+        level: _by_sign(values, plan, len(signs))
+        for level, values in losses.items()
+    }
+    return Evaluation(losses, source, run, (first_noise, first.records))
+
+
+def _evaluate_rest(
+    source: NoiseSource,
+    run: Callable[[tf.Tensor, Noise], Found],
+    first_noise: Noise,
+    first: Mapping[str, tf.Tensor],
+) -> tuple[dict[str, tf.Tensor], NoiseSource]:
+    """Losses [directions, signs, ...] of all chunks, padded; and the noise,
+    kept if the plan says so.
+    """
+    plan = source.plan
+    outputs = [*first.values(), first_noise.weights]
+    if not plan.keep_noise:
+        outputs.pop()
+    arrays = [
+        tf.TensorArray(
+            output.dtype,
+            plan.chunks,
+            clear_after_read=False,
+            element_shape=output.shape,
+        ).write(0, output)
+        for output in outputs
+    ]
+
+    def step(index: tf.Tensor, *arrays: tf.TensorArray) -> tuple[Any, ...]:
+        noise = source.chunk(index)
+        losses = run(index, noise).losses
+        outputs = (*(losses[level] for level in first), noise.weights)
+        written = [
+            array.write(index, output)
+            for array, output in zip(arrays, outputs, strict=False)
+        ]
+        return index + 1, *written
+
+    arrays = list(loop(plan, step, arrays))
+    if plan.keep_noise:
+        source = dataclasses.replace(source, kept=arrays.pop())
+    values = [array.concat() for array in arrays]
+    return dict(zip(first, values, strict=True)), source
+
+
+def _by_sign(values: tf.Tensor, plan: ChunkPlan, signs: int) -> tf.Tensor:
+    """From [directions, signs, ...], padded, to [members, ...], by sign."""
+    rest = values.shape[2:]
+    by_sign = tf.transpose(
+        values[: plan.directions], [1, 0, *range(2, 2 + rest.rank)]
+    )
+    flat = tf.reshape(by_sign, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
+    return tf.ensure_shape(flat, [signs * plan.directions, *rest])
+
+
+def _chunk_evaluator(
+    direction: Callable[[Noise], Found],
+    plan: ChunkPlan,
+    specs: Noise,
+    jit_compile: bool,
+) -> Callable[[tf.Tensor, Noise], Found]:
+    """`direction` over the rows of chunk `index`.
+
+    Eagerly: one row after another, with concrete values, and none for
+    padding. In a graph: as fast as its ops allow.
+    """
+    if not tf.executing_eagerly():
+        run = compiled(direction, specs, jit_compile)
+        return lambda index, noise: run(noise)
+    stack = functools.partial(tf.nest.map_structure, lambda *t: tf.stack(t))
+
+    def eager(index: tf.Tensor, chunk: Noise) -> Found:
+        count = min(plan.chunk, plan.directions - int(index) * plan.chunk)
+        rows = [
+            direction(tf.nest.map_structure(operator.itemgetter(row), chunk))
+            for row in range(count)
+        ]
+        rows += [tf.nest.map_structure(tf.zeros_like, rows[0])] * (
+            plan.chunk - count
+        )
+        return stack(*rows)
+
+    return eager

@@ -1,0 +1,224 @@
+"""What keras_vo uses of Keras beyond its public interface, all in one place.
+
+Each name is here because Keras offers no public way to the same. Whether all
+of them exist is checked when the package is imported, and so is the backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "Functional",
+    "TrainerHooks",
+    "compiled_losses_replaced",
+    "initial_epoch",
+    "keeps_mask",
+    "layers_of",
+    "loss_tracker",
+    "mask_of",
+    "take_gradients_as_they_are",
+    "undivided_losses",
+    "unpickle",
+]
+
+
+def _check_backend(name: str) -> None:
+    if name != "tensorflow":
+        raise ImportError(
+            "keras_vo works with the TensorFlow backend of Keras. Expected: "
+            "the environment variable KERAS_BACKEND unset or 'tensorflow', "
+            "and no other backend in keras.json. "
+            f"Received: {name!r}"
+        )
+
+
+if "keras" not in sys.modules:  # before Keras imports another backend
+    _check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
+
+import keras  # noqa: E402
+
+_check_backend(keras.backend.backend())
+
+from keras.src.losses import loss as _loss_module  # noqa: E402
+
+# Keras does not export the class that functional models are instances of.
+from keras.src.models.functional import Functional  # noqa: E402
+from keras.src.trainers import compile_utils as _compile_utils  # noqa: E402
+from keras.src.trainers import trainer as _trainer_module  # noqa: E402
+
+_SCALES = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+
+
+def _check_names() -> None:
+    """Raises unless Keras has all names that this module uses."""
+
+    def assigns(cls: type, *names: str) -> list[str]:
+        """Attributes that the constructor of `cls` does not assign."""
+        known = cls.__init__.__code__.co_names  # type: ignore[misc]
+        return [f"{cls.__name__}.{n}" for n in names if n not in known]
+
+    missing = [
+        f"{owner.__name__}.{name}"
+        for owner, names in (
+            (keras.Model, ("_make_function", "_maybe_symbolic_build")),
+            (keras.Model, ("_flatten_layers", "_unpickle_model")),
+            (keras.optimizers.Optimizer, ("_all_reduce_sum_gradients",)),
+            (_loss_module, _SCALES),
+        )
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    missing += assigns(
+        _trainer_module.Trainer,
+        "_compile_loss",
+        "_loss_tracker",
+        "_initial_epoch",
+    )
+    missing += assigns(_compile_utils.CompileLoss, "_flat_losses")
+    if missing:
+        raise ImportError(
+            "keras_vo uses names of Keras that are not public. Expected: a "
+            f"version of Keras that has {missing}, see `install_requires` of "
+            f"keras_vo. Received: Keras {keras.__version__}"
+        )
+
+
+_check_names()
+
+if TYPE_CHECKING:  # what mixins are mixed into is as untyped as Keras
+    from typing import Any as _Model
+else:
+    _Model = object
+
+
+class TrainerHooks(_Model):
+    """Mixin: two methods that `fit` goes through, given names."""
+
+    def make_step_function(
+        self, make: Callable[[Any], Any], step: Callable[[Any], Any]
+    ) -> Any:
+        """The function that is called for a step; `make` is Keras's way."""
+        return make(step)
+
+    def build_from_data(
+        self, build: Callable[..., None], iterator: Any, data_batch: Any
+    ) -> None:
+        """Builds the model from the first batch; `build` is Keras's way."""
+        build(iterator, data_batch)
+
+    def _make_function(self, step: Callable[[Any], Any]) -> Any:
+        return self.make_step_function(super()._make_function, step)
+
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        self.build_from_data(
+            super()._maybe_symbolic_build, iterator, data_batch
+        )
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The model itself and all layers in it, those inside of layers too."""
+    return list(model._flatten_layers())
+
+
+def loss_tracker(model: Any) -> Any:
+    """The metric of the loss: the user may have one that is called "loss"."""
+    return model._loss_tracker
+
+
+def initial_epoch(model: Any) -> Any:
+    """Where a BackupAndRestore lets `fit` begin; `None`: no one does."""
+    return model._initial_epoch
+
+
+def unpickle(model_class: Any) -> Any:
+    """What makes a model of what pickling has made of one."""
+    return model_class._unpickle_model
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that Keras has attached to a tensor; `None`: none."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def keeps_mask(tensor: Any, mask: Any) -> Any:
+    """`tensor`, with a mask attached."""
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor
+
+
+def take_gradients_as_they_are(optimizer: Any) -> None:
+    """Lets a Keras optimizer apply gradients without summing over replicas.
+
+    In a replica it would add up those of all replicas, though each has the
+    whole gradient.
+    """
+    optimizer._all_reduce_sum_gradients = list
+
+
+@contextlib.contextmanager
+def compiled_losses_replaced(
+    model: Any, replace: Callable[[Any, Any], Any]
+) -> Iterator[None]:
+    """Lets the compiled losses of `model` be others.
+
+    Args:
+        model: a Keras model. Nothing is done if it is not compiled, or if an
+            overridden `compute_loss` does not call the losses.
+        replace: from a `keras.losses.Loss` and its weight among the losses to
+            another one.
+    """
+    compiled = model._compile_loss
+    if compiled is None or not compiled.built:
+        yield
+        return
+    losses: Sequence[Any] = compiled._flat_losses
+    compiled._flat_losses = [
+        entry._replace(loss=replace(entry.loss, entry.loss_weights))
+        for entry in losses
+    ]
+    try:
+        yield
+    finally:
+        compiled._flat_losses = losses
+
+
+_undivided = threading.local()
+
+
+@contextlib.contextmanager
+def undivided_losses() -> Iterator[None]:
+    """Lets Keras leave a mean as it is, and not divide it for a sum.
+
+    Under a strategy Keras divides means over the batch, but not numbers that a
+    loss function or an overridden `compute_loss` returns, by the number of
+    replicas. It holds for the thread that enters it.
+    """
+    depth = getattr(_undivided, "depth", 0)
+    _undivided.depth = depth + 1
+    try:
+        yield
+    finally:
+        _undivided.depth = depth
+
+
+def _unless_undivided(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def scaled(value: Any) -> Any:
+        return value if getattr(_undivided, "depth", 0) else scale(value)
+
+    return scaled
+
+
+# Once, at import: elsewhere the functions do what they did.
+for _name in _SCALES:
+    setattr(
+        _loss_module, _name, _unless_undivided(getattr(_loss_module, _name))
+    )

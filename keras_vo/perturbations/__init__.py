@@ -1,0 +1,1 @@
+"""The kinds of perturbation, and the scope in which layers ask for them."""

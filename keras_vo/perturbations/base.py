@@ -1,0 +1,238 @@
+"""What a kind of perturbation is.
+
+A kind says, in one file, all that there is to say of its noise: how it
+perturbs, what is summed over the population, and the gradient, the Fisher
+information and the signal-to-noise ratio that follow. It is a subclass of
+`Perturbation` that `keras_vo.perturbations.registry.register` makes known. A
+layer names it in its attribute `perturbation` (see `keras_vo.layers`).
+
+In each training step,
+
+    record    is asked in the mean network's pass, for each call of a layer of
+              this kind, what it computes, and notes what it claims;
+    __init__  binds what was claimed to the search distribution of this step;
+    member    turns a direction's noise into a member's perturbation;
+    call      is asked for each call of a layer in the member's pass;
+    sums      weights the noise of a chunk of members with their utilities;
+    gradient  makes the gradients of the variables of these sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_vo.search.chunks import Noise
+from keras_vo.search.credit import MEMBER
+from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.signal_to_noise import Probe
+
+if TYPE_CHECKING:
+    from keras_vo.perturbations.scope import Evaluation, Recording
+
+__all__ = [
+    "DenseCall",
+    "Perturbation",
+    "Space",
+    "VariableGradient",
+    "shared_product",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseCall:
+    """A call of a dense layer, without its activation.
+
+    Attributes:
+        name: the layer's, for messages.
+        kernel: its kernel, a variable [in, units].
+        bias: its bias, a variable [units], or `None`.
+        inputs: [batch, ..., in].
+        options: what the layer says to its kind of perturbation.
+    """
+
+    name: str
+    kernel: Any
+    bias: Any
+    inputs: tf.Tensor
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def plain(self) -> tf.Tensor:
+        """Inputs times kernel plus bias, as the variables are now."""
+        return self.biased(shared_product(self.inputs, self.kernel))
+
+    def biased(self, outputs: tf.Tensor) -> tf.Tensor:
+        """`outputs` plus the bias."""
+        if self.bias is None:
+            return outputs
+        return keras.ops.add(outputs, self.bias)
+
+
+class Space(NamedTuple):
+    """What perturbations are bound to in a step.
+
+    Attributes:
+        gaussian: the search distribution.
+        positions: of each variable that is searched over, by its id.
+        adapts: whether sigma is to be changed.
+        probe: what the gradient is measured by; `None`: it is not.
+    """
+
+    gaussian: Gaussian
+    positions: Mapping[int, int]
+    adapts: bool
+    probe: Probe | None = None
+
+
+class VariableGradient(NamedTuple):
+    """What one kind of perturbation says of one variable.
+
+    Attributes:
+        variable: its index.
+        mean: dU/dmu, with the variable's number of elements.
+        log_variance: dU/dbeta, alike, or a scalar where its weights share a
+            variance; `None` where it is fixed.
+        fisher: Fisher information of beta, in the shape of `log_variance`,
+            under what gets credit at once: a member, or a member's example.
+    """
+
+    variable: int
+    mean: tf.Tensor
+    log_variance: tf.Tensor | None
+    fisher: Any
+
+
+class Perturbation:
+    """One kind of noise, on the variables that it claims, in one step.
+
+    Subclasses set `name` and `level`, and implement `__init__`, `sums` and
+    `gradient`, and what they need of the rest.
+
+    Attributes:
+        name: of the kind.
+        level: of the credit that its noise is weighted with.
+        variables: indices of those that it perturbs.
+        noise_size: number of standard normals of a direction that perturb
+            weights.
+        activations: tensors of the shapes of a direction's further noise.
+    """
+
+    name: ClassVar[str]
+    level: ClassVar[str] = MEMBER
+    variables: Sequence[int]
+    noise_size: int = 0
+    activations: tuple[tf.Tensor, ...] = ()
+
+    def __init__(self, claims: Sequence[Any], space: Space) -> None:
+        """Binds what `record` has claimed to this step.
+
+        Args:
+            claims: in the order in which they were made.
+            space: the search distribution, and what is wanted.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def record(cls, call: DenseCall, recording: Recording) -> tf.Tensor:
+        """The layer's outputs in the mean network; claims what is perturbed.
+
+        By default the kernel, once.
+        """
+        recording.claim(cls.name, call.kernel, call)
+        return call.plain()
+
+    @classmethod
+    def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
+        """Checks that what was claimed fits the batch.
+
+        Args:
+            claims: see `__init__`.
+            inputs: of the model, [batch, ...].
+        """
+
+    def activation_bytes(self, signs: int) -> Any:
+        """Bytes of what is perturbed beside weights, of a direction: an
+        integer or a tensor.
+        """
+        return 0
+
+    def member(
+        self, noise: Noise, sign: float
+    ) -> tuple[Mapping[int, tf.Tensor], Any]:
+        """The weights of a member, by index, and what `call` needs of it.
+
+        Args:
+            noise: of one direction.
+            sign: +1, or -1 for the mirrored member.
+        """
+        return {}, None
+
+    def call(
+        self, call: DenseCall, state: Any, evaluation: Evaluation
+    ) -> tf.Tensor:
+        """The layer's outputs in a member's pass.
+
+        By default those of the member's weights.
+
+        Args:
+            call: of a layer of this kind.
+            state: from `member`.
+            evaluation: the member's scope.
+        """
+        return call.plain()
+
+    def finish(self, state: Any) -> Any:
+        """After a member's pass: the records that `sums` needs of it."""
+        return ()
+
+    def sums(
+        self,
+        noise: Noise,
+        records: Any,
+        utilities: tf.Tensor,
+        ids: tf.Tensor | None = None,
+    ) -> dict[str, tf.Tensor]:
+        """Sums over a chunk of directions, which chunks and replicas add up.
+
+        Args:
+            noise: [chunk, ...].
+            records: from `finish`, [chunk, signs, ...].
+            utilities: u [chunk, signs], or [chunk, signs, batch] of examples.
+            ids: numbers of the directions, [chunk]; `None`: no "squares" (see
+                `keras_vo.search.signal_to_noise`) are wanted.
+        """
+        raise NotImplementedError
+
+    def totals(self) -> dict[str, tf.Tensor]:
+        """Sums over the examples of this replica, which replicas add up."""
+        return {}
+
+    def gradient(
+        self, sums: Mapping[str, tf.Tensor], count: tf.Tensor
+    ) -> Iterable[VariableGradient]:
+        """The gradients of the variables.
+
+        Args:
+            sums: all of `sums` and `totals`.
+            count: over how many results they are: members, or (where the
+                level is that of examples, and u is divided by the number of
+                members) examples.
+        """
+        raise NotImplementedError
+
+
+def shared_product(inputs: tf.Tensor, kernel: Any) -> tf.Tensor:
+    """x W [..., out] for a kernel [in, out] that all members share.
+
+    Vectorized over members, the product of an empty batch of rank 2 would
+    come out as [0, 0].
+    """
+    outputs = keras.ops.matmul(inputs, kernel)
+    if outputs.shape.is_fully_defined():
+        return outputs
+    shape = tf.concat([tf.shape(inputs)[:-1], tf.shape(kernel)[1:]], axis=0)
+    return tf.ensure_shape(tf.reshape(outputs, shape), outputs.shape)

@@ -1,0 +1,213 @@
+"""All perturbations of a step together, each with the variables it claims."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_vo import checks
+from keras_vo.perturbations import registry
+from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
+from keras_vo.perturbations.full import Full
+from keras_vo.perturbations.scope import Evaluation, Recording, entered
+from keras_vo.search.chunks import Noise
+from keras_vo.search.estimators import Direction
+
+__all__ = ["Perturbations", "check_batch", "levels"]
+
+Objective = Callable[[list[tf.Tensor]], Mapping[str, tf.Tensor]]
+
+
+class Perturbations:
+    """How all variables are perturbed in one step.
+
+    Variables that no layer has claimed have noise of full rank. What several
+    kinds say of single variables is put together here.
+
+    Args:
+        recording: what layers have claimed in the mean network's pass.
+        space: what they are bound to.
+
+    Attributes:
+        noise_size: number of normals of a direction that perturb weights.
+        activations: tensors of the shapes of a direction's further noise.
+        levels: of the credit that is needed.
+
+    Raises:
+        ValueError: layers of two kinds share a variable.
+    """
+
+    def __init__(self, recording: Recording, space: Space) -> None:
+        self._recording = recording
+        self._space = space
+        claims = recording.claims
+        kinds = {
+            name: registry.get(name)(claims[name], space) for name in claims
+        }
+        owners = _owners(kinds, recording.variables)
+        rest = [i for i in range(len(recording.variables)) if i not in owners]
+        kinds[Full.name] = Full(rest, space)
+        self._kinds = [
+            kinds[name] for name in registry.names() if name in kinds
+        ]
+        self.noise_size = sum(kind.noise_size for kind in self._kinds)
+        self.activations = tuple(
+            tensor for kind in self._kinds for tensor in kind.activations
+        )
+        self.levels = frozenset(kind.level for kind in self._kinds)
+
+    def activation_bytes(self, signs: int) -> Any:
+        """Bytes of perturbed activations of a direction."""
+        total: Any = 0
+        for kind in self._kinds:
+            total += kind.activation_bytes(signs)
+        return total
+
+    def member(
+        self, objective: Objective
+    ) -> Callable[[Noise, float], tuple[Mapping[str, tf.Tensor], Any]]:
+        """From a direction's noise and a sign to what the member leaves.
+
+        Args:
+            objective: from all weights to the member's losses by level.
+
+        Returns:
+            A function whose value is that of `objective`, and the records.
+        """
+
+        def evaluate(noise: Noise, sign: float) -> tuple[Any, Any]:
+            weights = list(self._space.gaussian.means)
+            states = []
+            parts = self._split(noise)
+            for kind, part in zip(self._kinds, parts, strict=True):
+                perturbed, state = kind.member(part, sign)
+                states.append(state)
+                for i, weight in perturbed.items():
+                    weights[i] = weight
+            evaluation = Evaluation(
+                self._recording,
+                self._kinds,
+                states,
+                [noise.weights, *noise.activations],
+            )
+            with entered(evaluation):
+                losses = objective(weights)
+            return losses, evaluation.finish()
+
+        return evaluate
+
+    def sums(
+        self,
+        noise: Noise,
+        records: Any,
+        utilities: Mapping[str, tf.Tensor],
+        ids: tf.Tensor | None,
+    ) -> dict[str, dict[str, tf.Tensor]]:
+        """Sums over a chunk, by kind: see `Perturbation.sums`.
+
+        Args:
+            noise: [chunk, ...]; without that of activations where no utilities
+                ask for it.
+            records: of each kind; empty, alike.
+            utilities: by level; kinds of other levels are left out.
+            ids: see `Perturbation.sums`.
+        """
+        parts = self._split(noise)
+        records = records or [()] * len(self._kinds)
+        return {
+            kind.name: kind.sums(part, record, utilities[kind.level], ids)
+            for kind, part, record in zip(
+                self._kinds, parts, records, strict=True
+            )
+            if kind.level in utilities
+        }
+
+    def totals(self) -> dict[str, dict[str, tf.Tensor]]:
+        """Sums over the examples of this replica, by kind."""
+        return {kind.name: kind.totals() for kind in self._kinds}
+
+    def direction(
+        self,
+        sums: Mapping[str, Mapping[str, tf.Tensor]],
+        counts: Mapping[str, tf.Tensor],
+    ) -> Direction:
+        """The gradient of U.
+
+        Args:
+            sums: by kind, over all members and replicas.
+            counts: by level, over how many members or examples.
+        """
+        gradients: list[VariableGradient] = []
+        squares = []
+        for kind in self._kinds:
+            count = counts[kind.level]
+            gradients += kind.gradient(sums[kind.name], count)
+            if "squares" in sums[kind.name]:
+                scale = tf.square(tf.math.reciprocal_no_nan(count))
+                squares.append(scale * sums[kind.name]["squares"])
+        direction = self._collected(gradients)
+        if self._space.probe is None:
+            return direction
+        nothing = tf.zeros([], direction.mean.dtype)
+        return direction._replace(squares=tf.add_n([nothing, *squares]))
+
+    def _collected(self, gradients: Sequence[VariableGradient]) -> Direction:
+        """Sums the gradients by variable, then by group."""
+        layout, adapts = self._space.gaussian.layout, self._space.adapts
+        means: list[list[tf.Tensor]] = [[] for _ in layout.shapes]
+        betas: list[list[tf.Tensor]] = [[] for _ in layout.shapes]
+        fishers: list[list[tf.Tensor]] = [[] for _ in layout.shapes]
+        for i, mean, beta, fisher in gradients:
+            means[i].append(tf.reshape(mean, [-1]))
+            fishers[i].append(tf.cast(fisher, layout.dtype))
+            if beta is not None:
+                betas[i].append(beta)
+        mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
+        if layout.groups is None:
+            fisher = tf.fill([layout.size], tf.constant(0.5, layout.dtype))
+        else:
+            fisher = layout.by_group([tf.add_n(f) for f in fishers])
+        beta_gradient = tf.zeros_like(fisher)
+        if adapts:
+            beta_gradient = layout.by_group([tf.add_n(b) for b in betas])
+        return Direction(mean_gradient, beta_gradient, fisher)
+
+    def _split(self, noise: Noise) -> list[Noise]:
+        """The noise [..., noise_size] of all, as that of each kind."""
+        sizes = [kind.noise_size for kind in self._kinds]
+        parts = tf.split(noise.weights, sizes, axis=-1)
+        given = iter(noise.activations)
+        return [
+            Noise(part, tuple(itertools.islice(given, len(kind.activations))))
+            for kind, part in zip(self._kinds, parts, strict=True)
+        ]
+
+
+def levels(recording: Recording) -> frozenset[str]:
+    """The levels of credit that what was recorded needs."""
+    return frozenset(registry.get(name).level for name in recording.claims)
+
+
+def check_batch(recording: Recording, inputs: tf.Tensor) -> None:
+    """Checks that what was recorded fits the batch, [batch, ...]."""
+    for name, claims in recording.claims.items():
+        registry.get(name).check_batch(claims, inputs)
+
+
+def _owners(
+    kinds: Mapping[str, Perturbation], variables: Sequence[Any]
+) -> dict[int, str]:
+    """The kind of noise of each claimed variable."""
+    owners: dict[int, str] = {}
+    for name, kind in kinds.items():
+        for i in kind.variables:
+            if owners.setdefault(i, name) != name:
+                raise ValueError(
+                    "Expected one kind of noise for each variable. Received: "
+                    f"{checks.variable_name(variables[i])!r}, which layers of "
+                    f"the kinds {owners[i]!r} and {name!r} share"
+                )
+    return owners

@@ -1,0 +1,1 @@
+"""tf.distribute: the only folder that calls it."""

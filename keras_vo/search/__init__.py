@@ -1,0 +1,1 @@
+"""The search itself: tensors in, tensors out."""

@@ -1,0 +1,210 @@
+"""Credit: from what members were found to lose to their utilities.
+
+Credit has levels. A loss of level "member" is one number for each member, one
+of level "example" one for each member and example of the batch. A kind of
+perturbation says which level its noise is weighted with.
+
+Missing results are NaN. A result that is not finite is +inf, and is worth what
+the worst one is (see `keras_vo.fitness_shaping`).
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from keras_vo.search.chunks import Noise, NoiseSource, sum_over_chunks
+from keras_vo.search.communicator import Communicator
+from keras_vo.search.members import Shard
+
+__all__ = [
+    "EXAMPLE",
+    "MEMBER",
+    "Evaluated",
+    "Generation",
+    "Outcomes",
+    "Pooled",
+    "Shaping",
+    "example_utilities",
+    "pool",
+    "shaped_where_known",
+]
+
+MEMBER, EXAMPLE = "member", "example"
+
+Shaping = Callable[[tf.Tensor], tf.Tensor]
+
+
+class Evaluated(Protocol):
+    """An evaluation that can be gone through once more, by chunks."""
+
+    @property
+    def source(self) -> NoiseSource:
+        """The noise, kept if its plan says so."""
+
+    def reduce(
+        self,
+        function: Callable[[Noise, Any, list[tf.Tensor]], Any],
+        weights: list[tf.Tensor],
+    ) -> Any:
+        """Sums `function(noise, records, weights)` over all chunks.
+
+        Args:
+            function: from the noise, the records and the weights of a chunk
+                to a structure of tensors, sums over the chunk.
+            weights: tensors [directions, ...], cut into the same chunks.
+        """
+
+
+class Outcomes(NamedTuple):
+    """What the evaluation of some members has found.
+
+    Attributes:
+        losses: by level: "member" [N], and "example" [N, batch] where there
+            is noise of that level. All of the first sign first.
+        example_weights: what the losses of examples are weighted with,
+            [batch] or 1. They are shaped without it and their utilities
+            weighted with it: ranks know no weights.
+        examples: number of examples that this replica has, a scalar; 0: the
+            members it has evaluated are missing. `None`: not a matter of
+            examples.
+        evaluated: the evaluation; `None`: the noise is to be drawn again.
+    """
+
+    losses: Mapping[str, tf.Tensor]
+    example_weights: Any = 1.0
+    examples: tf.Tensor | None = None
+    evaluated: Evaluated | None = None
+
+
+class Generation(NamedTuple):
+    """What one step of the search evaluated.
+
+    Attributes:
+        losses: the members' losses [N]; inf for a member whose loss is not
+            finite, NaN for one whose replica had no examples. With antithetic
+            sampling, member n + N/2 mirrors member n.
+        mean_loss: their mean, a scalar: an estimate of the upper bound
+            U [1, eq. 6]. Non-finite losses are left out; NaN if all are.
+        nonfinite_members: how many losses were not finite, int32.
+    """
+
+    losses: tf.Tensor
+    mean_loss: tf.Tensor
+    nonfinite_members: tf.Tensor
+
+    @classmethod
+    def of(cls, losses: tf.Tensor) -> Generation:
+        """From losses as `Report` has them."""
+        return cls(
+            losses,
+            tf.reduce_mean(tf.boolean_mask(losses, tf.math.is_finite(losses))),
+            tf.math.count_nonzero(tf.math.is_inf(losses), dtype=tf.int32),
+        )
+
+
+class Pooled(NamedTuple):
+    """The members' losses and utilities, those of all replicas.
+
+    Attributes:
+        losses: [N]; NaN where missing, inf where not finite.
+        utilities: [N]; 0 where missing.
+        known: how many are not missing, a scalar of the dtype of the losses.
+    """
+
+    losses: tf.Tensor
+    utilities: tf.Tensor
+    known: tf.Tensor
+
+
+def pool(
+    outcomes: Outcomes,
+    shape: Shaping,
+    shard: Shard,
+    communicator: Communicator,
+) -> Pooled:
+    """Puts the replicas' losses together, and shapes them.
+
+    Args:
+        outcomes: of this replica's members.
+        shape: fitness shaping, from losses [N] to utilities.
+        shard: which members these are.
+        communicator: to the other replicas.
+    """
+    losses = outcomes.losses[MEMBER]
+    finite = tf.math.is_finite(losses)
+    losses = tf.where(finite, losses, tf.constant(float("inf"), losses.dtype))
+    if communicator.count == 1:
+        size = tf.constant(losses.shape[0], losses.dtype)
+        return Pooled(losses, shape(losses), size)
+    if outcomes.examples is not None:
+        missing = tf.constant(float("nan"), losses.dtype)
+        losses = tf.where(outcomes.examples > 0, losses, missing)
+    (losses,) = communicator.sum([shard.place(losses)])
+    return shaped_where_known(
+        shape, losses, losses.shape[0] // shard.directions
+    )
+
+
+def shaped_where_known(shape: Shaping, losses: tf.Tensor, signs: int) -> Pooled:
+    """Utilities of a population of which some members are missing.
+
+    Those take part in the shaping with the losses of other directions, in
+    turn, and have the utility 0; the utilities of the others have the mean 0.
+    (With "identity" and M of N known, what pairs have in common is weighted by
+    N (M - signs) / (M (N - signs)): stand-ins are no other members.)
+
+    Args:
+        shape: from losses [N] to utilities [N].
+        losses: [N], all of the first sign first; NaN where missing, for both
+            or none of a pair.
+        signs: members of a direction, 1 or 2.
+    """
+    known = ~tf.math.is_nan(losses)
+    directions = losses.shape[0] // signs
+    first = known[:directions]
+    count = tf.math.count_nonzero(first, dtype=tf.int32)
+    known_first = tf.argsort(tf.cast(~first, tf.int32), stable=True)
+    turn = tf.cumsum(tf.cast(~first, tf.int32)) - 1
+    stand_in = tf.where(
+        first,
+        tf.range(directions),
+        tf.gather(known_first, tf.math.floormod(turn, tf.maximum(count, 1))),
+    )
+    by_sign = tf.reshape(losses, [signs, directions])
+    complete = tf.reshape(tf.gather(by_sign, stand_in, axis=1), [-1])
+    complete = tf.ensure_shape(complete, losses.shape)
+    utilities = shape(complete)
+    weights = tf.cast(known, utilities.dtype)
+    members = tf.reduce_sum(weights)
+    mean = tf.math.divide_no_nan(tf.reduce_sum(weights * utilities), members)
+    utilities = tf.where(
+        tf.reduce_all(known), utilities, weights * (utilities - mean)
+    )
+    return Pooled(losses, utilities, members)
+
+
+def example_utilities(outcomes: Outcomes, shape: Shaping) -> tf.Tensor:
+    """Utilities [N, batch] of weighted examples, each among its own losses."""
+    losses = outcomes.losses[EXAMPLE]
+    weights = tf.cast(outcomes.example_weights, losses.dtype)
+    return weights * shape(tf.math.divide_no_nan(losses, weights))
+
+
+def reduce_noise(
+    source: NoiseSource,
+    function: Callable[[Noise, Any, list[tf.Tensor]], Any],
+    weights: list[tf.Tensor],
+) -> Any:
+    """As `Evaluated.reduce`, without an evaluation: records are empty."""
+    return sum_over_chunks(
+        source,
+        lambda rows: function(source.chunk(tf.constant(0)), (), rows),
+        lambda index, noise, rows: function(noise, (), rows),
+        weights,
+    )

@@ -1,0 +1,165 @@
+"""The Gaussian search distribution N(mu, diag sigma^2), as tensors.
+
+The only place that knows what sigma is. What is stored is beta = log sigma^2,
+one for each group of weights that share a variance.
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+    [2] Wierstra et al., "Natural Evolution Strategies", JMLR 15, 2014.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from keras_vo.search.layout import WeightLayout
+
+__all__ = [
+    "Gaussian",
+    "kl_divergence",
+    "log_variance_of",
+    "step_kl",
+    "stddev_of",
+]
+
+
+def stddev_of(log_variance: tf.Tensor) -> tf.Tensor:
+    """sigma from beta = log sigma^2."""
+    return tf.exp(0.5 * log_variance)
+
+
+def log_variance_of(stddev: float) -> float:
+    """beta = log sigma^2 from sigma, a number."""
+    return 2.0 * math.log(stddev)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+    """A search distribution over a list of weight tensors.
+
+    Attributes:
+        layout: of the weights.
+        means: mu, a tensor for each of them.
+        log_variance: beta, [groups].
+    """
+
+    layout: WeightLayout
+    means: list[tf.Tensor]
+    log_variance: tf.Tensor
+
+    @functools.cached_property
+    def mean(self) -> tf.Tensor:
+        """mu, [d]."""
+        return self.layout.flatten(self.means)
+
+    @functools.cached_property
+    def stddev(self) -> tf.Tensor:
+        """sigma by group, [groups]."""
+        return stddev_of(self.log_variance)
+
+    @functools.cached_property
+    def variances(self) -> list[tf.Tensor]:
+        """sigma^2 of each weight tensor: shaped like it, or a scalar where its
+        weights share one.
+        """
+        return self.layout.per_tensor(tf.exp(self.log_variance))
+
+    @property
+    def stddevs(self) -> list[tf.Tensor]:
+        """sigma of each weight, in the shapes and dtypes of the weights."""
+        layout = self.layout
+        by_weight = tf.broadcast_to(layout.expand(self.stddev), [layout.size])
+        return layout.unflatten(by_weight)
+
+    def kl(self, mean_change: tf.Tensor, log_variance: tf.Tensor) -> tf.Tensor:
+        """KL(this || N(mu + mean_change, sigma'^2)) in nats, a scalar.
+
+        Args:
+            mean_change: [d].
+            log_variance: beta', [groups].
+        """
+        return kl_divergence(
+            mean_change,
+            self.layout.expand(self.log_variance),
+            self.layout.expand(log_variance),
+        )
+
+
+def kl_divergence(
+    mean_change: tf.Tensor,
+    log_variance: tf.Tensor,
+    new_log_variance: tf.Tensor,
+) -> tf.Tensor:
+    """KL(N(mu, sigma^2) || N(mu + mean_change, sigma'^2)), eq. (14) of [1].
+
+    Args:
+        mean_change: change of the mean, [d].
+        log_variance: log sigma^2, broadcasts against [d].
+        new_log_variance: log sigma'^2, broadcasts against [d].
+
+    Returns:
+        The divergence in nats, a scalar: the sum over all weights.
+    """
+    normal = tfp.distributions.Normal
+    old = normal(tf.zeros_like(mean_change), stddev_of(log_variance))
+    new = normal(mean_change, stddev_of(new_log_variance))
+    return tf.reduce_sum(tfp.distributions.kl_divergence(old, new))
+
+
+def step_kl(
+    means: Sequence[tf.Tensor],
+    new_means: Sequence[tf.Tensor],
+    log_variance: tf.Tensor,
+    new_log_variance: tf.Tensor,
+    layout: WeightLayout,
+) -> tf.Tensor:
+    """KL of a step, eq. (14) of [1], by group: a scalar float64.
+
+    `kl_divergence` of the same step, but with one logarithm for each variance
+    instead of for each weight:
+
+        sum_g D_g (exp(x_g) - 1 - x_g) / 2 + |mu'_g - mu_g|^2 / (2 sigma'_g^2)
+
+    with x = beta - beta'.
+
+    Args:
+        means: the weight tensors before the step.
+        new_means: those after it.
+        log_variance: beta, [groups].
+        new_log_variance: beta', [groups].
+        layout: which weights share a variance.
+    """
+    changes = [
+        tf.cast(new, layout.dtype) - tf.cast(old, layout.dtype)
+        for old, new in zip(means, new_means, strict=True)
+    ]
+    if layout.groups is None:
+        sizes = tf.ones([], layout.dtype)
+        squares = layout.by_group([tf.square(x) for x in changes])
+        beta, new_beta = log_variance, new_log_variance
+    else:  # few numbers, of which large ones are taken
+        sizes = tf.constant(layout.group_sizes, tf.float64)
+        squares, beta, new_beta = tf.unstack(
+            tf.cast(
+                tf.stack(
+                    [
+                        layout.by_group(
+                            [2.0 * tf.nn.l2_loss(x) for x in changes]
+                        ),
+                        log_variance,
+                        new_log_variance,
+                    ]
+                ),
+                tf.float64,
+            )
+        )
+    x = beta - new_beta
+    moved = squares * tf.exp(-new_beta)
+    terms = sizes * (tf.math.expm1(x) - x) + moved
+    return 0.5 * tf.cast(tf.reduce_sum(terms), tf.float64)

@@ -1,0 +1,209 @@
+"""Update rules: from the gradient to the next search distribution.
+
+A rule has named state, proposes a change of what the rules before it have
+proposed, and settles its state once the step is known. `Search` applies a list
+of them after the inner optimizer has moved the mean:
+
+    Descent      sigma goes down its own search gradient
+    FollowMean   ... and follows the mean: `keras_vo.search.follow_mean`
+    Schedule     sigma is a function of the number of updates
+    MaxKL        the step is shrunk to a bound on its KL divergence
+
+References:
+    [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from keras_vo.search.estimators import Direction
+from keras_vo.search.gaussian import Gaussian, log_variance_of
+
+__all__ = [
+    "Bounds",
+    "Descent",
+    "MaxKL",
+    "Proposal",
+    "Rule",
+    "State",
+    "Step",
+    "largest_fraction",
+]
+
+State = Mapping[str, tf.Tensor]
+
+
+class Step(NamedTuple):
+    """What is known when rules are asked.
+
+    Attributes:
+        gaussian: the search distribution before the step.
+        direction: the gradients that the step goes down.
+        updates: number of updates before this one, a scalar.
+    """
+
+    gaussian: Gaussian
+    direction: Direction
+    updates: tf.Tensor
+
+
+class Proposal(NamedTuple):
+    """The next search distribution, as far as it is known.
+
+    Attributes:
+        mean: mu', [d].
+        log_variance: beta', [groups].
+        fraction: how much of the move is taken, a scalar; `None`: all of it.
+    """
+
+    mean: tf.Tensor
+    log_variance: tf.Tensor
+    fraction: tf.Tensor | None = None
+
+
+class Rule(Protocol):
+    """One of the rules that a step goes through."""
+
+    def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
+        """Its state by name, before the first step; names differ by rule."""
+
+    def base_stddev(self, state: State) -> tf.Tensor | None:
+        """The sigma [groups] that the steps of the mean take their size from;
+        `None`: no other than sigma.
+        """
+
+    def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
+        """The proposal, changed."""
+
+    def settle(
+        self, step: Step, proposal: Proposal, state: State
+    ) -> dict[str, tf.Tensor]:
+        """The next state, where `proposal` is what is done."""
+
+
+class Stateless:
+    """What a rule is that has no state."""
+
+    def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
+        return {}
+
+    def base_stddev(self, state: State) -> tf.Tensor | None:
+        return None
+
+    def settle(
+        self, step: Step, proposal: Proposal, state: State
+    ) -> dict[str, tf.Tensor]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Bounds of sigma."""
+
+    min_stddev: float
+    max_stddev: float
+
+    def clip(self, log_variance: tf.Tensor) -> tf.Tensor:
+        """beta = log sigma^2 within the bounds."""
+        return tf.clip_by_value(
+            log_variance,
+            log_variance_of(self.min_stddev),
+            log_variance_of(self.max_stddev),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent(Stateless):
+    """beta <- clip(beta - learning_rate dU/dbeta).
+
+    Attributes:
+        learning_rate: of beta.
+        bounds: of sigma.
+    """
+
+    learning_rate: float
+    bounds: Bounds
+
+    def descend(
+        self, log_variance: tf.Tensor, direction: Direction
+    ) -> tf.Tensor:
+        """One step from `log_variance`."""
+        return self.bounds.clip(
+            log_variance - self.learning_rate * direction.log_variance
+        )
+
+    def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
+        beta = self.descend(step.gaussian.log_variance, step.direction)
+        return proposal._replace(log_variance=beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxKL(Stateless):
+    """Shrinks the move along its own direction until its KL is in bounds.
+
+    Eq. 18 of [1] fixes the KL divergence of a step; this bounds that of the
+    step really taken, the inner optimizer's included.
+
+    Attributes:
+        max_kl: the bound, in nats.
+    """
+
+    max_kl: float
+
+    def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
+        old = step.gaussian
+        change = proposal.mean - old.mean
+        log_change = proposal.log_variance - old.log_variance
+        fraction = largest_fraction(
+            lambda part: old.kl(
+                part * change, old.log_variance + part * log_change
+            ),
+            self.max_kl,
+            old.layout.dtype,
+        )
+        shrunk = old.mean + fraction * change
+        return Proposal(
+            tf.where(fraction < 1, shrunk, proposal.mean),
+            old.log_variance + fraction * log_change,
+            fraction,
+        )
+
+
+def largest_fraction(
+    divergence: Callable[[tf.Tensor], tf.Tensor],
+    max_kl: float,
+    dtype: tf.DType,
+) -> tf.Tensor:
+    """The largest fraction of a move whose divergence is within `max_kl`.
+
+    Args:
+        divergence: from the fraction in [0, 1] of the move to its KL
+            divergence, continuous and 0 at 0.
+        max_kl: the bound, in nats.
+        dtype: dtype of the fraction.
+
+    Returns:
+        A scalar found by bisection: 1 if the whole move is within the bound,
+        else a fraction whose divergence is at most `max_kl`.
+    """
+    one = tf.ones([], dtype)
+
+    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        middle = 0.5 * (low + high)
+        inside = divergence(middle) <= max_kl
+        return tf.where(inside, middle, low), tf.where(inside, high, middle)
+
+    def bisect() -> Any:
+        return tf.while_loop(
+            lambda low, high: high - low > 1e-3 * high,
+            halve,
+            (tf.zeros([], dtype), one),
+            maximum_iterations=60,
+        )[0]
+
+    return tf.cond(divergence(one) <= max_kl, lambda: one, bisect)
