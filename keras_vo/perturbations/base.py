@@ -96,8 +96,12 @@ class VariableGradient(NamedTuple):
         mean: dU/dmu, with the variable's number of elements.
         log_variance: dU/dbeta, alike, or a scalar where its weights share a
             variance; `None` where it is fixed.
-        fisher: Fisher information of beta, in the shape of `log_variance`,
-            under what gets credit at once: a member, or a member's example.
+        fisher: Fisher information of beta under what gets credit at once, a
+            member or a member's example; a number or a tensor like
+            `log_variance`. Of a variance that weights share, that of their
+            common beta. Where each weight has its own, the sum of its row of
+            the Fisher matrix: then a change of all by the same amount has the
+            same natural gradient as if they shared one variance.
     """
 
     variable: int

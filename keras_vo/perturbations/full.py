@@ -87,7 +87,8 @@ class Full(Perturbation):
             )
             betas = self._layout.per_tensor(by_group)
         for i, mean, beta in zip(self.variables, means, betas, strict=True):
-            fisher = 0.5 * self._sizes[i]
+            shared = self._layout.groups is not None
+            fisher = 0.5 * self._sizes[i] if shared else 0.5
             yield VariableGradient(i, mean, beta, fisher)
 
 

@@ -252,8 +252,9 @@ class LocalReparam(Perturbation):
 
     def totals(self) -> dict[str, tf.Tensor]:
         return {
-            f"fisher/{number}": site.fisher
-            for number, (_, site) in enumerate(self._sites)
+            f"fisher/{number}/{i}": fisher
+            for number, (weights, site) in enumerate(self._sites)
+            for i, fisher in zip(weights, site.fishers(), strict=True)
         }
 
     def gradient(
@@ -261,13 +262,12 @@ class LocalReparam(Perturbation):
     ) -> Iterator[VariableGradient]:
         scale = tf.math.reciprocal_no_nan(count)
         for number, (weights, _) in enumerate(self._sites):
-            # Kernel and bias perturb the same activations.
-            fisher = scale * sums[f"fisher/{number}"] / len(weights)
             for i in weights:
                 beta = None
                 if self._adapts:
                     beta = scale * sums[f"log_variance/{number}/{i}"]
                 mean = scale * sums[f"mean/{number}/{i}"]
+                fisher = scale * sums[f"fisher/{number}/{i}"]
                 yield VariableGradient(i, mean, beta, fisher)
 
 

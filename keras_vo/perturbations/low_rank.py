@@ -174,10 +174,12 @@ class _Kernel:
     def fisher(self) -> float:
         """Variance of the score of one log variance, `log_variance_sums`.
 
-        r in / 2 from A and r out / 2 from B, weighted by out and in.
+        r in / 2 from A and r out / 2 from B, weighted by out and in. Where
+        each weight has its own, an equal part of it.
         """
         inputs, outputs = self.mean.shape
-        return 0.5 * self.rank * inputs * outputs / (inputs + outputs)
+        each = 0.5 * self.rank / (inputs + outputs)
+        return inputs * outputs * each if self.shared else each
 
     def factors(self, noise: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """A [..., r, in] and B [..., r, out] from noise [..., size]."""

@@ -162,14 +162,14 @@ class Perturbations:
         fishers: list[list[tf.Tensor]] = [[] for _ in layout.shapes]
         for i, mean, beta, fisher in gradients:
             means[i].append(tf.reshape(mean, [-1]))
-            fishers[i].append(tf.cast(fisher, layout.dtype))
+            fisher = tf.cast(fisher, layout.dtype)
+            if layout.groups is None:
+                fisher = tf.broadcast_to(fisher, layout.shapes[i])
+            fishers[i].append(fisher)
             if beta is not None:
                 betas[i].append(beta)
         mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
-        if layout.groups is None:
-            fisher = tf.fill([layout.size], tf.constant(0.5, layout.dtype))
-        else:
-            fisher = layout.by_group([tf.add_n(f) for f in fishers])
+        fisher = layout.by_group([tf.add_n(f) for f in fishers])
         beta_gradient = tf.zeros_like(fisher)
         if adapts:
             beta_gradient = layout.by_group([tf.add_n(b) for b in betas])

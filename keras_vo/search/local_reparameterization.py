@@ -143,9 +143,6 @@ class ActivationNoise:
     Attributes:
         has_bias: whether there is a bias that is searched over.
         variance: v in the mean network.
-        fisher: Fisher information of a log variance common to kernel and
-            bias, which all v are proportional to: the sum over examples of
-            1/2 for each unit and position.
     """
 
     def __init__(
@@ -165,10 +162,7 @@ class ActivationNoise:
             tf.zeros([], dtype),
         )
         self._inputs = _finite(tf.cast(inputs, dtype))
-        counted = tf.ones_like(self._inputs[..., 0])
-        if self._mask is not None:
-            counted = self._mask
-        self.fisher = 0.5 * units * tf.reduce_sum(counted)
+        self._units = units
         self.variance = self.variance_of(self._inputs)
 
     def variance_of(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -176,6 +170,39 @@ class ActivationNoise:
         return activation_variance(
             inputs, self._kernel_variance, self._bias_variance
         )
+
+    def fishers(self) -> list[tf.Tensor]:
+        """Fisher information of log sigma^2, a sum over examples and positions.
+
+        A unit's v has a Fisher information of 1/2 of its logarithm, and
+
+            d log v_i / d beta_ji = s_ji = A_j^2 sigma_ji^2 / v_i
+
+        adds up to 1 over what is contracted, the bias included. Where all
+        share one variance, that of their common beta is 1/2 for each unit; it
+        is given to kernel and bias in equal parts. Where each weight has its
+        own, the Fisher matrix has the entries 1/2 s_ji s_ki, and the sums of
+        its rows are 1/2 s_ji.
+
+        Returns:
+            For the kernel, then for the bias if there is one: a scalar, or one
+            for each weight.
+        """
+        counted = tf.ones_like(self._inputs[..., :1])
+        if self._mask is not None:
+            counted = self._mask
+        if self._kernel_variance.shape.rank == 0:
+            parts = 1 + self.has_bias
+            shared = 0.5 * self._units * tf.reduce_sum(counted)
+            return [shared / parts] * parts
+        score = tf.math.divide_no_nan(0.5 * counted, self.variance)
+        by_weight = log_variance_sums(
+            tf.reshape(self._inputs, [-1, self._inputs.shape[-1]]),
+            tf.reshape(score, [-1, self._units]),
+            self._kernel_variance,
+            self._bias_variance,
+        )
+        return list(by_weight[: 1 + self.has_bias])
 
     def sums(
         self,
