@@ -32,15 +32,16 @@ setuptools.setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["keras_vo"],
+    packages=setuptools.find_packages(include=["keras_vo", "keras_vo.*"]),
     package_data={"keras_vo": ["py.typed"]},
     python_requires=">=3.10,<3.14",
+    # The lowest are tested: make test-lowest, tests/constraints-lowest.txt.
     install_requires=[
         "tensorflow>=2.18",
-        "keras>=3",
+        "keras>=3.10",
         "tensorflow-probability[tf]>=0.25",
-        "numpy",
-        "absl-py",
+        "numpy>=1.26",
+        "absl-py>=1.0",
         # TensorFlow Probability imports distutils.
         'setuptools; python_version >= "3.12"',
     ],
