@@ -60,7 +60,7 @@ flags.DEFINE_enum(
     ["fixed", "isotropic", "layerwise", "separable"],
     "Which weights share a variance.",
 )
-flags.DEFINE_float("stddev", _DISTRIBUTION.stddev, "Initial sigma.")
+flags.DEFINE_string("stddev", "auto", 'Initial sigma: a number or "auto".')
 flags.DEFINE_float(
     "variance_learning_rate",
     _DISTRIBUTION.learning_rate,
@@ -102,6 +102,14 @@ def load_data():
     )
 
 
+def _number_or_auto(text):
+    """A number that a flag gives, or the word "auto"."""
+    try:
+        return float(text)
+    except ValueError:
+        return text  # anything else is refused by the search distribution
+
+
 def make_optimizer(steps):
     """The optimizer that the flags describe, for a run of `steps` steps."""
     rate = FLAGS.learning_rate
@@ -118,7 +126,7 @@ def make_optimizer(steps):
         FLAGS.population_size,
         keras_vo.GaussianSearchDistribution(
             FLAGS.variance,
-            stddev=FLAGS.stddev,
+            stddev=_number_or_auto(FLAGS.stddev),
             learning_rate=FLAGS.variance_learning_rate,
             min_stddev=FLAGS.min_stddev,
             max_stddev=FLAGS.max_stddev,

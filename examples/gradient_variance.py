@@ -514,9 +514,10 @@ def local_moments(mean, sigma, x, y, draws, rng):
 class RecordingOptimizer(keras_vo.VOOptimizer):
     """Keeps what the last step evaluated: `generation`."""
 
-    def step(self, *args, **kwargs):
-        self.generation = super().step(*args, **kwargs)
-        return self.generation
+    def take_step(self, *args, **kwargs):
+        report = super().take_step(*args, **kwargs)
+        self.generation = keras_vo.Generation.of(report.losses)
+        return report
 
 
 def make_step(layer, mean, sigma, seed):

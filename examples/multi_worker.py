@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_vo
-from keras_vo.replicas import workers
+from keras_vo import distribution
 
 FLAGS = flags.FLAGS
 
@@ -125,8 +125,8 @@ def make_model(pixels, steps):
 
 def train():
     """What one worker does."""
-    strategy = keras_vo.distribution.multi_worker_strategy(FLAGS.start_timeout)
-    first = workers.is_first_worker(strategy)
+    strategy = distribution.multi_worker_strategy(FLAGS.start_timeout)
+    first = distribution.is_first_worker(strategy)
     keras.utils.set_random_seed(FLAGS.seed)  # the same order of images
     x_train, x_test, y_train, y_test = load_data()
     steps = FLAGS.epochs * -(-len(x_train) // FLAGS.batch_size)

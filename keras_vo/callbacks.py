@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_vo import checks
 from keras_vo.monitor import dashboard
-from keras_vo.monitor.observer import NUMBERS, StepObserver
+from keras_vo.monitor.observer import NUMBERS, StepObserver, known_means
 from keras_vo.monitor.records import CsvRecord, TensorBoardRecord
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.replicas import workers
@@ -51,7 +51,7 @@ class SearchMonitor(keras.callbacks.Callback):
     - `gradient_norm`, `gradient_cosine`: norm of the search gradient that the
       inner optimizer gets, and the cosine between it and the one before.
     - `gradient_snr`: power of its signal over power of its noise, as halves of
-      the population show them (`keras_vo/search/signal_to_noise.py`): near 0 for
+      the population show them (`keras_vo.search.signal_to_noise`): near 0 for
       noise alone, -1 at least. It is the noise of the perturbations, not that
       of the choice of the batch.
     - `kl`: divergence between the search distributions before and after the
@@ -226,7 +226,7 @@ class SearchMonitor(keras.callbacks.Callback):
         if self._of_epoch:
             rows = np.stack(self._of_epoch)
             row = rows[-1].copy()
-            row[_MEANS] = _means(rows[:, _MEANS])
+            row[_MEANS] = known_means(rows[:, _MEANS])
             self._write(row)
         passed = time.time() - self._drawn
         if self._drawing < _DRAWING * passed:
@@ -346,11 +346,3 @@ def _checked_every(every: Any) -> Any:
             f"Received: every={every!r}"
         )
     return checks.checked_integer("every", every)
-
-
-def _means(rows: np.ndarray) -> np.ndarray:
-    """Means over the first axis of what is not NaN; NaN if all is."""
-    known = ~np.isnan(rows)
-    count = known.sum(axis=0)
-    total = np.where(known, rows, 0.0).sum(axis=0)
-    return np.where(count, total / np.maximum(count, 1), np.nan)

@@ -10,6 +10,7 @@ import operator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_vo.search.credit import MEMBER
@@ -58,23 +59,35 @@ def checked_seed(seed: int) -> int:
 
 
 def checked_number(name: str, value: Any) -> float:
-    """`value`, which is positive."""
-    if not isinstance(value, (int, float)) or not value > 0:
+    """`value`, which is positive and finite: Python's, NumPy's, a tensor's."""
+    number = _as_float(value)
+    if not 0 < number < math.inf:
         raise ValueError(
-            f"`{name}` must be a positive number. Received: {name}={value!r}"
+            f"`{name}` must be a positive, finite number. "
+            f"Received: {name}={value!r}"
         )
-    return value
+    return number
 
 
 def checked_integer(name: str, value: Any) -> int:
     """`value`, at least 1, as an integer."""
-    number = isinstance(value, (int, float)) and 1 <= value < math.inf
-    if not number or value != int(value):
+    number = _as_float(value)
+    if not 1 <= number < math.inf or number != int(number):
         raise ValueError(
             f"`{name}` must be an integer of 1 or more. "
             f"Received: {name}={value!r}"
         )
     return int(value)
+
+
+def _as_float(value: Any) -> float:
+    """A number as a float; NaN if it is none."""
+    if isinstance(value, (str, bytes, bool, np.bool_)) or np.ndim(value):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def check_variables(variables: list[Any]) -> None:
@@ -101,8 +114,8 @@ def variable_name(variable: Any) -> str:
     return str(getattr(variable, "path", variable.name))
 
 
-def checked_scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
-    """An objective's value, one number, as `dtype`."""
+def checked_scalar(loss: Any, dtype: tf.DType | None = None) -> tf.Tensor:
+    """An objective's value, one number, as `dtype` or as it is."""
     if loss is None:
         raise ValueError(
             "The objective must return a scalar loss. Received: None"
@@ -115,7 +128,7 @@ def checked_scalar(loss: Any, dtype: tf.DType) -> tf.Tensor:
             "The objective must return a scalar loss. "
             f"Received: a tensor of shape {tuple(loss.shape)}"
         )
-    return tf.cast(loss, dtype)
+    return loss if dtype is None else tf.cast(loss, dtype)
 
 
 def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
@@ -126,6 +139,11 @@ def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
         dtype: that the losses get.
     """
     by_level = value if isinstance(value, dict) else {MEMBER: value}
+    if MEMBER not in by_level:
+        raise ValueError(
+            "The objective must return a scalar loss. "
+            f"Received: a dict with the keys {list(by_level)}"
+        )
     losses = {k: tf.cast(v, dtype) for k, v in by_level.items() if k != MEMBER}
     return {MEMBER: checked_scalar(by_level[MEMBER], dtype), **losses}
 

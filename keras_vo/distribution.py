@@ -1,5 +1,5 @@
 """Several devices, several machines: see the README."""
 
-from keras_vo.replicas.workers import multi_worker_strategy
+from keras_vo.replicas.workers import is_first_worker, multi_worker_strategy
 
-__all__ = ["multi_worker_strategy"]
+__all__ = ["is_first_worker", "multi_worker_strategy"]

@@ -31,6 +31,7 @@ __all__ = [
     "centered_rank",
     "get",
     "identity",
+    "is_loss_scaled",
     "nes",
     "standardize",
 ]
@@ -161,6 +162,45 @@ def get(shaping: str | Shaping, antithetic: bool) -> Shaping:
     if shaping == "identity":
         return functools.partial(identity, antithetic=antithetic)
     return _SHAPINGS[shaping]
+
+
+def is_loss_scaled(
+    shaping: str | Shaping,
+    population_size: int,
+    dtype: tf.DType = tf.float32,
+) -> bool:
+    """Whether utilities have the scale of the losses, as those of `identity`.
+
+    A callable is asked: whether twice the losses have twice the utilities. One
+    that has no answer for these losses (between 1 and 4) has none.
+
+    Args:
+        shaping: as in `get`, checked.
+        population_size: N.
+        dtype: of the losses.
+    """
+    shaping = canonical(shaping)
+    if isinstance(shaping, str):
+        return shaping == "identity"
+    with tf.init_scope():
+        # Of an order that no formula of the index follows.
+        losses = 1 + tf.random.stateless_uniform(
+            [population_size], [1, 2], dtype=dtype
+        )
+        try:
+            once, twice = (
+                tf.convert_to_tensor(_checked(shaping, scale * losses)).numpy()
+                for scale in (1.0, 2.0)
+            )
+        except (
+            ArithmeticError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            tf.errors.OpError,
+        ):
+            return False
+    return bool(np.any(once) and np.allclose(twice, 2 * once, rtol=1e-3))
 
 
 def _checked(shaping: Shaping, losses: tf.Tensor) -> tf.Tensor:

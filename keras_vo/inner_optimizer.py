@@ -6,9 +6,11 @@ from typing import Any
 
 import keras
 
+from keras_vo.keras_compat import take_gradients_as_they_are
+
 __all__ = ["check_no_overwriting", "checked_inner"]
 
-# Of an inner optimizer given by name. BUILD_NOTES.md, "Defaults".
+# Of an inner optimizer given by name. docs/decisions/0013-sizes-by-default.md.
 _LEARNING_RATE = 0.02
 
 
@@ -55,7 +57,10 @@ def checked_inner(inner: Any, max_kl: float | None) -> Any:
             "the average would hold steps that the bound took back. "
             f"Received: max_kl={max_kl} and use_ema=True"
         )
-    _take_gradients_as_they_are(inner)
+    take_gradients_as_they_are(inner)
+    # `VOOptimizer` saves its variables by name. Keras would save them a second
+    # time, and load them by position into any other optimizer.
+    inner.save_own_variables = inner.load_own_variables = _nothing
     return inner
 
 
@@ -71,10 +76,5 @@ def check_no_overwriting(inner: Any) -> None:
         )
 
 
-def _take_gradients_as_they_are(optimizer: Any) -> None:
-    """Lets a Keras optimizer apply gradients without summing over replicas.
-
-    In a replica it would add up those of all replicas, though each has the
-    whole gradient. Private, since Keras offers no way around the sum.
-    """
-    optimizer._all_reduce_sum_gradients = list
+def _nothing(store: Any) -> None:
+    """Neither writes nor reads."""

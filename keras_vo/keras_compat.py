@@ -41,7 +41,14 @@ def _check_backend(name: str) -> None:
 if "keras" not in sys.modules:  # before Keras imports another backend
     _check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
 
-import keras  # noqa: E402
+try:
+    import keras
+except ImportError as error:  # of a backend that keras.json names, say
+    raise ImportError(
+        "keras_vo works with the TensorFlow backend of Keras. Expected: a "
+        "Keras that can be imported with it (KERAS_BACKEND unset or "
+        f"'tensorflow', no other backend in keras.json). Received: {error}"
+    ) from error
 
 _check_backend(keras.backend.backend())
 

@@ -1,8 +1,8 @@
 """Dense layers that are perturbed in ways of their own.
 
 While a population is evaluated, each of these layers asks the current scope
-(see `keras_vo.perturbations.scope`) for its perturbation. Everywhere else they are
-`keras.layers.Dense`.
+(see `keras_vo.perturbations.scope`) for its perturbation. Everywhere else they
+are `keras.layers.Dense`.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class LocalReparamDense(PerturbedDense):
 
     with the layer's inputs A (1 for the bias), weights mu and their sigma.
     The marginal distribution of each example's outputs is the same, but the
-    examples no longer share their noise, and each is judged by its own loss,
-    so that the search gradient has far less variance. The gradients, for the
-    weights and for sigma, are in
+    examples no longer share their noise, and each has the credit of its own
+    loss, so that the search gradient has far less variance. The gradients, for
+    the weights and for sigma, are in
     `keras_vo.search.local_reparameterization`.
 
     This needs a loss with a value for each example: a loss whose `reduction`
@@ -90,8 +90,8 @@ class LocalReparamDense(PerturbedDense):
     axis is contracted. The noise is then independent for each position
     between the first and the last axis too, as it is for each example; under
     one perturbed kernel the positions would be correlated. All positions of
-    an example are judged by the example's loss, but for those that the inputs'
-    mask leaves out.
+    an example have the credit of its loss, but for those that the inputs' mask
+    leaves out.
 
     What an example does to others through the statistics of a
     BatchNormalization behind this layer is not credited to it; nor is what
@@ -126,8 +126,8 @@ class LowRankDense(PerturbedDense):
     noise. The bias is perturbed as any other weight. Where each weight has a
     variance of its own ("separable"), a step moves log sigma^2 of the kernel
     by a term for each row and one for each column. The gradients are in
-    `keras_vo.perturbations.low_rank`. (A regularizer of the kernel reads the perturbed
-    kernel, which is then formed.)
+    `keras_vo.perturbations.low_rank`. (A regularizer of the kernel reads the
+    perturbed kernel, which is then formed.)
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
@@ -205,25 +205,6 @@ def convert_dense(model: Any, dense: str) -> None:
             elif hasattr(layer, "rank"):
                 del layer.rank
             layer.__class__ = KINDS[dense]
-
-
-def updated_weights(model: Any) -> list[Any]:
-    """Floating weights that the model's layers set themselves in training.
-
-    Those of frozen layers stay as they are.
-    """
-    frozen = {
-        id(variable)
-        for layer in layers_of(model)
-        if not layer.trainable
-        for variable in layer.variables
-    }
-    return [
-        variable
-        for variable in model.non_trainable_weights
-        if id(variable) not in frozen
-        and keras.backend.is_float_dtype(variable.dtype)
-    ]
 
 
 @contextlib.contextmanager

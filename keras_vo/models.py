@@ -48,8 +48,6 @@ class _KeepsDense(VOTrainStep):
     loaded, as Dense.
     """
 
-    _dense: str | None = None
-
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()
         return (

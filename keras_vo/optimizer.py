@@ -1,7 +1,7 @@
 """VOOptimizer: variational optimization as a Keras optimizer.
 
 This module has the arguments; `keras_vo.search_variables` owns the variables,
-and a step is one of `keras_vo.search.engine.Search`.
+`keras_vo.search_steps` makes their steps of `keras_vo.search.engine.Search`.
 
 References:
     [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
@@ -24,9 +24,9 @@ from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
 from keras_vo.replicas import cost, strategies
 from keras_vo.search.credit import Generation
-from keras_vo.search.engine import Settings
 from keras_vo.search.rules import MaxKL
-from keras_vo.search_variables import SearchVariables
+from keras_vo.search.state import Settings
+from keras_vo.search_steps import SearchSteps
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
@@ -45,7 +45,7 @@ _PLAIN_MODEL = (
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
-class VOOptimizer(SearchVariables):
+class VOOptimizer(SearchSteps):
     """Trains weights by variational optimization, from forward passes only.
 
     Instead of the loss f(w), it minimises the upper bound
@@ -77,9 +77,9 @@ class VOOptimizer(SearchVariables):
             mu.
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
-            finite losses [N] to utilities [N] (higher for a higher loss; of a
-            size that does not depend on that of the losses, if sigma follows
-            the mean).
+            finite losses [N] to utilities [N] (higher for a higher loss). It
+            is called with losses of its own when the optimizer is built, to
+            see whether utilities have the scale of the losses.
             For `LocalReparamDense` it is applied example by example, to the
             members that the example's replica evaluates.
         max_kl: bound, in nats, on the KL divergence between the search
@@ -173,9 +173,11 @@ class VOOptimizer(SearchVariables):
         it is compiled and vectorized over the population, which is fast.
 
         If the optimizer is made under `strategy.scope()`, each replica
-        evaluates its share of the population, whether this is called in or
+        evaluates its shard of the population, whether this is called in or
         outside of the scope, or in each replica by `strategy.run` (after
-        `build`).
+        `build`). There each replica may have an objective of its own: it is
+        evaluated once more, at the mean, to compare members by what they
+        change.
 
         Args:
             objective: from a list of weight tensors, shaped like `variables`,
@@ -194,8 +196,15 @@ class VOOptimizer(SearchVariables):
         variables = list(variables)
         with strategies.entered(self._strategy):
             self._build_outside_of_replicas(variables)
+            # Called outside of replicas, the objective is one and the same for
+            # all of them: no shard has a loss of its own.
+            baseline = None
+            if not strategies.in_replica():
+                baseline = tf.zeros([], self._layout.dtype)
             return strategies.on_each_replica(
-                lambda: self.step(objective, variables).mean_loss
+                lambda: (
+                    self.step(objective, variables, baseline=baseline).mean_loss
+                )
             )
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
@@ -207,7 +216,9 @@ class VOOptimizer(SearchVariables):
             self.population_size,
             self.antithetic,
             self._shape_fitness,
-            self.fitness_shaping == "identity",
+            shaping_lib.is_loss_scaled(
+                self.fitness_shaping, self.population_size, self._layout.dtype
+            ),
             self.natural_gradient,
             rules,
             self.chunk_size,

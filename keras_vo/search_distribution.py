@@ -7,19 +7,21 @@ References:
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
+from keras_vo import checks
 from keras_vo.search import follow_mean
 from keras_vo.search.gaussian import log_variance_of
 from keras_vo.search.layout import WeightLayout, layer_groups
-from keras_vo.search.rules import Bounds, Descent, Rule
+from keras_vo.search.rules import Bounds, Descent, Rule, Scheduled
 
 __all__ = ["GaussianSearchDistribution", "get"]
 
+_AUTO = 0.2
 _VARIANCES = ("fixed", "isotropic", "layerwise", "separable")
 
 
@@ -37,8 +39,13 @@ class GaussianSearchDistribution:
         variance: which weights share one variance. `"fixed"`: all, and it is
             never changed (an evolution strategy). `"isotropic"`: all.
             `"layerwise"`: those of one layer. `"separable"`: none.
-        stddev: initial standard deviation sigma, in units of the weights; but
-            see `follow_mean`.
+        stddev: initial standard deviation sigma, in units of the weights.
+            `"auto"`: 0.2; or, where sigma follows the mean (see
+            `follow_mean`) and that is more than 3 / sqrt(fan in), 1 /
+            sqrt(fan in). A number is taken as it is, with a warning where
+            `"auto"` would not. A `keras.optimizers.schedules`
+            `LearningRateSchedule` is sigma as a function of the number of
+            updates, for the variance "fixed".
         learning_rate: learning rate of beta. With natural gradients, centred
             ranks and a population that agrees, one step changes sigma by a
             factor of about exp(learning_rate / 4) at most.
@@ -47,22 +54,21 @@ class GaussianSearchDistribution:
         follow_mean: whether sigma follows the mean where it is learned and a
             layer (with `"isotropic"`, all) has more weights than the
             population has members, and more than 100: see
-            `keras_vo/search/follow_mean.py`. It is then at least the root mean square
-            distance of the mean from where it has lately been, up to 1.5 /
-            sqrt(fan in), and a `stddev` above 3 / sqrt(fan in) starts at 1 /
-            sqrt(fan in), where the fan in is a mean over all kernels. The
-            search of a network then starts well from any `stddev`.
+            `keras_vo.search.follow_mean`. It is then at least the root mean
+            square distance of the mean from where it has lately been, up to
+            1.5 / sqrt(fan in), where the fan in is a mean over all kernels.
 
     Raises:
         ValueError: an unknown `variance`; a standard deviation or learning
             rate that is not a positive, finite number; bounds that are
-            inverted or do not enclose `stddev`.
+            inverted or do not enclose `stddev`; a schedule of a variance that
+            is learned.
     """
 
     def __init__(
         self,
         variance: str = "layerwise",
-        stddev: float = 0.2,
+        stddev: float | str | Any = "auto",
         learning_rate: float = 0.1,
         min_stddev: float = 1e-6,
         max_stddev: float = 1e3,
@@ -73,32 +79,36 @@ class GaussianSearchDistribution:
                 f"`variance` must be one of {list(_VARIANCES)}. "
                 f"Received: variance={variance!r}"
             )
-        for name, value in (
-            ("stddev", stddev),
-            ("learning_rate", learning_rate),
-            ("min_stddev", min_stddev),
-            ("max_stddev", max_stddev),
-        ):
-            if not (
-                isinstance(value, (int, float))
-                and math.isfinite(value)
-                and value > 0
-            ):
+        numbers: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "min_stddev": min_stddev,
+            "max_stddev": max_stddev,
+        }
+        if _is_schedule(stddev):
+            if variance != "fixed":
                 raise ValueError(
-                    f"`{name}` must be a positive, finite number. "
-                    f"Received: {name}={value!r}"
+                    "A schedule of `stddev` needs a sigma that nothing else "
+                    'changes. Expected: variance="fixed". '
+                    f"Received: variance={variance!r}, stddev={stddev!r}"
                 )
-        if not min_stddev <= stddev <= max_stddev:
+        elif not _is_auto(stddev):
+            numbers["stddev"] = stddev
+        numbers = {
+            name: checks.checked_number(name, value)
+            for name, value in numbers.items()
+        }
+        start = numbers.get("stddev", min_stddev)
+        if not min_stddev <= start <= max_stddev:
             raise ValueError(
                 "Expected `min_stddev` <= `stddev` <= `max_stddev`. Received: "
                 f"min_stddev={min_stddev}, stddev={stddev}, "
                 f"max_stddev={max_stddev}"
             )
         self.variance = variance
-        self.stddev = float(stddev)
-        self.learning_rate = float(learning_rate)
-        self.min_stddev = float(min_stddev)
-        self.max_stddev = float(max_stddev)
+        self.stddev = numbers.pop("stddev", stddev)
+        self.learning_rate = numbers["learning_rate"]
+        self.min_stddev = numbers["min_stddev"]
+        self.max_stddev = numbers["max_stddev"]
         self.follow_mean = bool(follow_mean)
 
     @property
@@ -152,17 +162,40 @@ class GaussianSearchDistribution:
     def initial_log_variance(
         self, variables: Sequence[Any], population_size: int
     ) -> float:
-        """beta = log sigma^2 before the first step, the same for all."""
-        stddev = self.stddev
-        if self.follows(variables, population_size):
-            stddev = follow_mean.initial(stddev, self.blocks(variables))
-        stddev = min(max(stddev, self.min_stddev), self.max_stddev)
-        return log_variance_of(stddev)
+        """beta = log sigma^2 before the first step, the same for all.
+
+        Warns where `stddev` is a number that is far too large.
+        """
+        stddev: Any = self.stddev
+        if _is_schedule(stddev):
+            stddev = float(stddev(0))
+        else:
+            blocks = self.blocks(variables)
+            value = _AUTO if _is_auto(stddev) else stddev
+            scale = follow_mean.noise_scale(blocks)
+            large = self.follows(variables, population_size)
+            large = large and follow_mean.too_large(value, blocks)
+            if _is_auto(stddev):
+                value = scale if large else value
+            elif large:
+                warnings.warn(
+                    f"stddev={stddev} is more than {follow_mean.MOST_NOISE:g} "
+                    "/ sqrt(fan in) of these layers: members have far more "
+                    "noise than signal, and a search may not start. Expected: "
+                    f'about {scale:.2g}, as stddev="auto" chooses',
+                    stacklevel=2,
+                )
+            stddev = value
+        return log_variance_of(
+            min(max(stddev, self.min_stddev), self.max_stddev)
+        )
 
     def rules(
         self, variables: Sequence[Any], population_size: int
     ) -> list[Rule]:
         """How sigma changes."""
+        if _is_schedule(self.stddev):
+            return [Scheduled(self.stddev, self.bounds)]
         if not self.adapts:
             return []
         descent = Descent(self.learning_rate, self.bounds)
@@ -174,7 +207,11 @@ class GaussianSearchDistribution:
     def get_config(self) -> dict[str, Any]:
         return {
             "variance": self.variance,
-            "stddev": self.stddev,
+            "stddev": (
+                keras.saving.serialize_keras_object(self.stddev)
+                if _is_schedule(self.stddev)
+                else self.stddev
+            ),
             "learning_rate": self.learning_rate,
             "min_stddev": self.min_stddev,
             "max_stddev": self.max_stddev,
@@ -183,6 +220,11 @@ class GaussianSearchDistribution:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GaussianSearchDistribution:
+        config = dict(config)
+        if isinstance(config.get("stddev"), dict):
+            config["stddev"] = keras.saving.deserialize_keras_object(
+                config["stddev"]
+            )
         return cls(**config)
 
 
@@ -203,3 +245,12 @@ def get(
         f"of {list(_VARIANCES)}. "
         f"Received: search_distribution={search_distribution!r}"
     )
+
+
+def _is_schedule(stddev: Any) -> bool:
+    schedule = keras.optimizers.schedules.LearningRateSchedule
+    return isinstance(stddev, schedule)
+
+
+def _is_auto(stddev: Any) -> bool:
+    return isinstance(stddev, str) and stddev == "auto"

@@ -1,40 +1,27 @@
-"""The variables of a search, and the steps that change them.
+"""The variables of a search: built, named, saved.
 
-`SearchVariables` is what `VOOptimizer` is made of, besides its arguments: it
-hands the variables' values to `keras_vo.search` as tensors, and assigns what
-comes back.
+`SearchVariables` is what `VOOptimizer` is made of besides its arguments and
+its steps.
 """
 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_vo import checks
+from keras_vo import checks, saved_search
 from keras_vo import inner_optimizer as inner_lib
-from keras_vo.evaluation import graph
-from keras_vo.monitor.observer import StepObserver, observed
-from keras_vo.perturbations.base import Space
-from keras_vo.perturbations.scope import Recording
-from keras_vo.perturbations.together import Perturbations
+from keras_vo.monitor.observer import StepObserver
 from keras_vo.replicas import strategies
-from keras_vo.replicas.communicator import current_replicas
-from keras_vo.search.chunks import NoiseSource
-from keras_vo.search.credit import Generation, Outcomes
-from keras_vo.search.engine import (
-    Report,
-    Search,
-    SearchState,
-    Settings,
-    mean_scale,
-)
+from keras_vo.search import noise
 from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.layout import layer_groups, layer_names
-from keras_vo.search.signal_to_noise import Probe
+from keras_vo.search.state import Settings
 from keras_vo.search_distribution import GaussianSearchDistribution
 
 __all__ = ["SearchVariables"]
@@ -53,12 +40,14 @@ class SearchVariables(keras.optimizers.Optimizer):
     search_distribution: GaussianSearchDistribution
     seed: int | None
     population_size: int
-    exchange: str
+    _trained: Callable[[], list[Any]]
 
     def __init__(self, name: str | None) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self._strategy = strategies.current_strategy()
         self.observer: StepObserver | None = None
+        self._model_weights: Callable[[], list[Any]] | None = None
+        self._wrapped = False
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
         """What does not change from step to step, for these weights."""
@@ -67,17 +56,21 @@ class SearchVariables(keras.optimizers.Optimizer):
     def build(self, variables: Sequence[Any]) -> None:
         """Creates sigma, the seed, and the inner optimizer's variables.
 
+        Without variables there is nothing to build: a model whose layers are
+        all frozen can be loaded, but not trained.
+
         Args:
             variables: the trainable variables, mu.
 
         Raises:
-            ValueError: there are none, one of them is not floating, or they
-                and the optimizer are made under different strategies.
+            ValueError: one of them is not floating, or they and the optimizer
+                are made under different strategies.
         """
-        if self.built:
+        variables = list(variables)
+        if self.built or not variables:
             return
         with strategies.entered(self._strategy):
-            self._build(list(variables))
+            self._build(variables)
 
     def _build(self, variables: list[Any]) -> None:
         checks.check_variables(variables)
@@ -86,12 +79,11 @@ class SearchVariables(keras.optimizers.Optimizer):
         distribution = self.search_distribution
         self._layout = distribution.layout(variables)
         self._layers = layer_groups(variables), layer_names(variables)
-        self._variable_ids = tuple(id(v) for v in variables)
-        self._variable_names = tuple(checks.variable_name(v) for v in variables)
         strategies.check_created_in_scope(
             [self.generations, self.iterations, *variables]
         )
         self.inner_optimizer.build(variables)
+        self._trained = lambda: variables  # not a list: Keras would track it
         self._settings = self.settings_for(variables)
         seed = random.randint(0, 2**31 - 1) if self.seed is None else self.seed
         self._seed = self._add_state("seed", tf.constant(seed, tf.int64))
@@ -183,135 +175,6 @@ class SearchVariables(keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def step(
-        self,
-        objective: Callable[[list[tf.Tensor]], Any],
-        variables: Sequence[Any],
-        jit_compile: bool = False,
-        recording: Recording | None = None,
-        example_weights: Any = 1.0,
-        examples: tf.Tensor | None = None,
-    ) -> Generation:
-        """Evaluates one generation and updates mu and sigma.
-
-        If no member's loss is finite, weights, sigma and the inner optimizer
-        are left as they are; only the next generation's noise is another.
-
-        Args:
-            objective: see `minimize`. Its value may also be a dict of losses
-                by level of credit: `keras_vo.search.credit`.
-            variables: see `minimize`.
-            jit_compile: whether XLA compiles the evaluation of the members.
-            recording: what the layers of `keras_vo.layers` have recorded;
-                `None`: nothing.
-            example_weights: see `Outcomes`.
-            examples: see `Outcomes`.
-
-        Returns:
-            The evaluated generation.
-        """
-        variables = list(variables)
-        self._build_outside_of_replicas(variables)
-        self._check_same(variables)
-        search, perturbations = self._search(
-            variables, recording or Recording(variables)
-        )
-        member = perturbations.member(
-            lambda weights: checks.checked_losses(
-                objective(weights), self._layout.dtype
-            )
-        )
-
-        def evaluator(source: NoiseSource) -> Outcomes:
-            found = graph.evaluate(member, source, jit_compile)
-            return Outcomes(found.losses, example_weights, examples, found)
-
-        def move_mean(gradient: list[tf.Tensor]) -> list[Any]:
-            self.inner_optimizer.apply(gradient, variables)
-            return variables
-
-        before = [tf.identity(v) for v in self.inner_optimizer.variables]
-        report = search.step(evaluator, move_mean)
-        self._take(search, report, variables, before)
-        if self.observer is not None:
-            self.observer.observe(observed(search, report, variables))
-        with tf.control_dependencies([report.losses]):
-            self.assign_add(self.generations, 1)
-        return Generation.of(report.losses)
-
-    def _search(
-        self, variables: list[Any], recording: Recording
-    ) -> tuple[Search, Perturbations]:
-        """The search as it is now, and how it perturbs the variables."""
-        state = SearchState(
-            self._gaussian(variables),
-            tf.convert_to_tensor(self._seed),
-            tf.convert_to_tensor(self.generations),
-            tf.convert_to_tensor(self.iterations),
-            {k: tf.convert_to_tensor(v) for k, v in self._rule_state.items()},
-        )
-        probe = None
-        if self.observer is not None:
-            scales = self._layout.per_tensor(mean_scale(self._settings, state))
-            probe = Probe(scales, state.generation, self.observer.every)
-        space = Space(
-            state.gaussian,
-            {id(v): i for i, v in enumerate(variables)},
-            self.search_distribution.adapts,
-            probe,
-        )
-        perturbations = Perturbations(recording, space)
-        replicas = current_replicas(self.exchange)
-        return (
-            Search(self._settings, state, perturbations, replicas, probe),
-            perturbations,
-        )
-
-    def _gaussian(self, variables: Sequence[Any]) -> Gaussian:
-        return Gaussian(
-            self._layout,
-            [tf.convert_to_tensor(v) for v in variables],
-            tf.convert_to_tensor(self._log_variance),
-        )
-
-    def _take(
-        self,
-        search: Search,
-        report: Report,
-        variables: list[Any],
-        before: list[tf.Tensor],
-    ) -> None:
-        """Assigns what a step proposes, where any loss was finite.
-
-        Args:
-            search: before the step.
-            report: of the step.
-            variables: mu; the inner optimizer has moved it.
-            before: what the inner optimizer's variables were.
-        """
-        old, proposal = search.state, report.proposal
-        means = self._layout.unflatten(proposal.mean)
-        changes = [
-            *zip(variables, means, old.gaussian.means, strict=True),
-            *(
-                (variable, tf.convert_to_tensor(variable), value)
-                for variable, value in zip(
-                    self.inner_optimizer.variables, before, strict=True
-                )
-            ),
-            (
-                self._log_variance,
-                proposal.log_variance,
-                old.gaussian.log_variance,
-            ),
-            *(
-                (variable, report.rules[name], old.rules[name])
-                for name, variable in self._rule_state.items()
-            ),
-        ]
-        for variable, new, value in changes:
-            self.assign(variable, tf.where(report.any_finite, new, value))
-
     def _check_built(self, what: str) -> None:
         if not self.built:
             raise ValueError(
@@ -320,49 +183,79 @@ class SearchVariables(keras.optimizers.Optimizer):
                 "Received: an optimizer that is not built"
             )
 
-    def _build_outside_of_replicas(self, variables: list[Any]) -> None:
-        if self.built:
-            return
-        if strategies.in_replica():
-            raise ValueError(
-                "Expected a VOOptimizer that is built before a strategy runs "
-                "it: call `build(variables)` first. Received: an optimizer "
-                "that is not built, in a replica"
-            )
-        with tf.init_scope():
-            self.build(variables)
+    def _gaussian(self, variables: Sequence[Any]) -> Gaussian:
+        return Gaussian(
+            self._layout,
+            [tf.convert_to_tensor(v) for v in variables],
+            tf.convert_to_tensor(self._log_variance),
+        )
 
-    def _check_same(self, variables: list[Any]) -> None:
-        if tuple(id(v) for v in variables) != self._variable_ids:
-            raise ValueError(
-                "Expected the variables this optimizer was built with, "
-                f"{list(self._variable_names)}. Received: "
-                f"{[checks.variable_name(v) for v in variables]}. After a "
-                "change of what is trainable, compile the model with a new "
-                "VOOptimizer."
-            )
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the search, unless what wraps this optimizer does."""
+        if not self._wrapped:
+            self.write_search(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores the search.
+        """Restores the search, unless what wraps this optimizer does."""
+        if not self._wrapped:
+            self.read_search(store)
 
-        Raises:
-            ValueError: `store` was saved by an optimizer of other structure.
+    def belong_to(self, model: Any) -> None:
+        """Tells which model's weights are trained, before it is saved or
+        loaded.
+
+        Under mixed_float16 Keras puts a LossScaleOptimizer around this one. It
+        would save and load all variables by position: it gets those of the
+        search, by name, instead.
+
+        Args:
+            model: whose `optimizer` is this one, or wraps it.
         """
-        if self.built and len(store.keys()):
-            expected = [tuple(v.shape) for v in self.variables]
-            keys = sorted(store.keys(), key=int)
-            received = [tuple(store[key].shape) for key in keys]
-            if expected != received:
-                raise ValueError(
-                    "The checkpoint holds a search of another structure. "
-                    "Expected, for a "
-                    f"{self.search_distribution.variance!r} search "
-                    "distribution with follow_mean="
-                    f"{self.search_distribution.follow_mean}, "
-                    f"population_size={self.population_size} and inner "
-                    f"optimizer {self.inner_optimizer.name!r}, variables of "
-                    f"shapes {expected}. Received: {received}. "
-                    "(`model.load_weights(path, skip_mismatch=True)` loads "
-                    "the model's weights and starts a new search.)"
-                )
-        super().load_own_variables(store)
+        self._model_weights = lambda: model.weights
+        wrapper = model.optimizer
+        if wrapper is not self:
+            self._wrapped = True
+            wrapper.save_own_variables = self.write_search
+            wrapper.load_own_variables = self.read_search
+
+    def write_search(self, store: Any) -> None:
+        """Writes the search, by name."""
+        variables = self._named_variables() if self.built else {}
+        saved_search.save(store, self._manifest(), variables)
+
+    def read_search(self, store: Any) -> None:
+        """Restores the search; where it does not fit, warns and leaves it."""
+        if self.built:
+            problems = saved_search.restore(
+                store, self._manifest(), self._named_variables(), self.variables
+            )
+        else:
+            problems = saved_search.restore(store, self._manifest(), {}, [])
+        if problems:
+            warnings.warn(
+                "The weights are loaded, but not the state of the search, "
+                f"which does not fit: {'; '.join(problems)}. A new search "
+                "starts from these weights.",
+                stacklevel=2,
+            )
+
+    def _named_variables(self) -> dict[str, Any]:
+        own = {
+            "generations": self.generations,
+            "seed": self._seed,
+            "log_variance": self._log_variance,
+            **self._rule_state,
+        }
+        inner = self.inner_optimizer.variables
+        return saved_search.named_variables(own, inner, self._trained())
+
+    def _manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = {
+            "noise": noise.GENERATOR,
+            "inner_optimizer": type(self.inner_optimizer).__name__,
+            "variance": self.search_distribution.variance,
+        }
+        if self._model_weights is not None and self.built:
+            order = {id(v): i for i, v in enumerate(self._model_weights())}
+            manifest["weights"] = [order.get(id(v)) for v in self._trained()]
+        return manifest

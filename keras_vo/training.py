@@ -8,63 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_vo import checks, layer_state
 from keras_vo.evaluation import per_example
 from keras_vo.keras_compat import loss_tracker, undivided_losses
-from keras_vo.layers import as_dense, updated_weights
-from keras_vo.optimizer import Generation, VOOptimizer, find_vo_optimizer
+from keras_vo.layers import as_dense, convert_dense
+from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.perturbations.scope import Recording, entered
 from keras_vo.perturbations.together import check_batch, levels
+from keras_vo.population_metrics import PopulationMetrics
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
-from keras_vo.replicas.model import ReplicatedModel
-from keras_vo.search import noise
-from keras_vo.search.credit import EXAMPLE, MEMBER
+from keras_vo.replicas.model import ReplicatedModel, with_callback
+from keras_vo.search.credit import EXAMPLE, MEMBER, Generation
 
 __all__ = ["VOTrainStep"]
 
-
-class _OfFirstReplica:
-    """Metrics of values that are the same in all replicas."""
-
-    def add_variable(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs["aggregation"] = "only_first_replica"  # not their sum
-        return super().add_variable(*args, **kwargs)  # type: ignore[misc]
-
-
-class _PopulationMean(_OfFirstReplica, keras.metrics.Mean):
-    pass
-
-
-class _PopulationSum(_OfFirstReplica, keras.metrics.Sum):
-    pass
-
-
-class _PopulationMetrics:
-    """The metrics of the population, in the epoch's log.
-
-    A plain holder: a Keras model may not be given further metrics of its own
-    once it is built.
-    """
-
-    def __init__(self) -> None:
-        self.loss = _PopulationMean(name="population_loss")
-        self.nonfinite = _PopulationSum(name="nonfinite_members")
-
-    def update(self, generation: Generation) -> None:
-        any_finite = tf.math.is_finite(generation.mean_loss)
-        self.loss.update_state(
-            tf.where(any_finite, generation.mean_loss, 0.0),
-            sample_weight=tf.cast(any_finite, tf.float32),
-        )
-        self.nonfinite.update_state(generation.nonfinite_members)
-
-    def as_list(self) -> list[Any]:
-        return [self.loss, self.nonfinite]
+_DENSE = "keras_vo_dense"
 
 
 class VOTrainStep(ReplicatedModel):
@@ -80,7 +45,7 @@ class VOTrainStep(ReplicatedModel):
     members, and `nonfinite_members`, how many members' losses were not finite
     since the epoch began.
 
-    Under a tf.distribute strategy each replica evaluates its share of the
+    Under a tf.distribute strategy each replica evaluates its shard of the
     population on its shard of the batch. Make the model, the optimizer and its
     inner optimizer under `strategy.scope()`.
 
@@ -93,6 +58,7 @@ class VOTrainStep(ReplicatedModel):
 
     jit_compile: bool  # Keras's property
     _by_example = False
+    _dense: str | None = None  # what `make_variational(dense=)` has made
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step: metrics of the mean network, then a generation.
@@ -109,19 +75,20 @@ class VOTrainStep(ReplicatedModel):
         """
         optimizer = self._require_vo_optimizer()
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if not self.optimizer.built:
-            self(x)  # creates the weights of a model that is not built yet
-            with tf.init_scope():
-                self.optimizer.build(self.trainable_variables)
-        self._seed_random_layers(optimizer)
+        self._prepare(optimizer, x)
+        # What the mean network's pass is about to change.
+        means = [tf.convert_to_tensor(v) for v in self.trainable_variables]
+        state = layer_state.snapshot(self)
         recording = Recording(self.trainable_variables)
         with entered(recording):
             y_pred = self._call_in_training(x)
             recording.end_of_call()
             loss = self._training_loss(x, y, y_pred, sample_weight)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
-        batch_size = tf.shape(inputs[0])[0]
-        self._average_statistics(batch_size)
+        examples = tf.shape(inputs[0])[0]
+        layer_state.average_moving_statistics(
+            self, examples, current_replicas()
+        )
         example_weights: Any = 1.0
         by_example = EXAMPLE in levels(recording)
         if by_example:
@@ -131,36 +98,77 @@ class VOTrainStep(ReplicatedModel):
                 x, y, y_pred, sample_weight, inputs=some_input
             )
             loss = tf.reduce_mean(loss)
+        loss = checks.checked_scalar(loss)
+        report = optimizer.take_step(
+            self._objective((x, y, sample_weight), state, by_example),
+            self.trainable_variables,
+            means=means,
+            recording=recording,
+            baseline=loss,
+            example_weights=example_weights,
+            examples=examples,
+            jit_compile=self.jit_compile,
+        )
+        self._population_metrics.update(
+            Generation.of(report.losses), report.examples
+        )
+        loss_tracker(self).update_state(loss, sample_weight=examples)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return {**logs, **self._population_metrics.results()}
+
+    def _prepare(self, optimizer: VOOptimizer, x: Any) -> None:
+        """Builds what is not built yet, and seeds random layers."""
+        if not self.optimizer.built:
+            self(x)  # creates the weights of a model that is not built yet
+            with tf.init_scope():
+                self.optimizer.build(self.trainable_variables)
+        checks.check_variables(self.trainable_variables)
+        self._introduce()
+        layer_state.seed_random_layers(
+            self,
+            tf.convert_to_tensor(optimizer.base_seed),
+            tf.convert_to_tensor(optimizer.generations),
+        )
+
+    def _objective(
+        self, data: tuple[Any, Any, Any], state: Any, by_example: bool
+    ) -> Callable[[list[tf.Tensor]], Any]:
+        """From a member's weights to its loss, or losses by level of credit.
+
+        Args:
+            data: x, y and sample_weight.
+            state: what the member starts from, see `layer_state.snapshot`.
+            by_example: whether the losses of examples are needed.
+        """
+        x, y, sample_weight = data
 
         def objective(weights: list[tf.Tensor]) -> Any:
-            mapping = zip(self.trainable_variables, weights, strict=True)
+            trained = zip(self.trainable_variables, weights, strict=True)
             # One scope around both calls: regularizers and add_loss are
             # evaluated at the member's weights, and all updates dropped.
-            with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            with (
+                layer_state.unsynchronized(self),
+                keras.StatelessScope(
+                    [*trained, *state], collect_losses=True
+                ) as scope,
+            ):
                 y_pred = self._call_in_training(x)
                 loss = self._training_loss(x, y, y_pred, sample_weight)
                 if not by_example:
                     return loss
-                self._check_no_added_losses(scope.losses)
+                per_example.check_no_added_losses(scope.losses)
                 examples, _ = self._example_losses(x, y, y_pred, sample_weight)
                 return {MEMBER: tf.reduce_mean(loss), EXAMPLE: examples}
 
-        generation = optimizer.step(
-            objective,
-            self.trainable_variables,
-            self.jit_compile,
-            recording,
-            example_weights,
-            batch_size,
-        )
-        self._population_metrics.update(generation)
-        # After the step, which refuses a loss that is not a scalar.
-        # Not the metric called "loss": the user may have one of that name.
-        loss_tracker(self).update_state(loss, sample_weight=batch_size)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return objective
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; a `SearchMonitor` leaves when it ends by an error."""
+        if type(self).reset_metrics is not VOTrainStep.reset_metrics:
+            reset = keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda *_: self._population_metrics.reset()
+            )
+            args, kwargs = (), with_callback(reset, args, kwargs)
         try:
             return super().fit(*args, **kwargs)
         finally:
@@ -177,9 +185,16 @@ class VOTrainStep(ReplicatedModel):
         )
 
     def get_metrics_result(self) -> Any:
-        """As in Keras; in `evaluate` without those of the population."""
-        logs = super().get_metrics_result()
-        return self._without_population(logs) if self._evaluating else logs
+        """As in Keras; with those of the population, but in `evaluate`."""
+        logs = self._without_population(super().get_metrics_result())
+        if self._evaluating:
+            return logs
+        return {**logs, **self._population_metrics.results()}
+
+    def reset_metrics(self) -> None:
+        """As in Keras, and those of the population."""
+        super().reset_metrics()
+        self._population_metrics.reset()
 
     def _without_population(self, logs: dict[str, Any]) -> dict[str, Any]:
         population = {m.name for m in self._population_metrics.as_list()}
@@ -203,6 +218,7 @@ class VOTrainStep(ReplicatedModel):
 
         A `.weights.h5` file names each layer by its class.
         """
+        self._introduce()
         with as_dense(self):
             super().save_weights(filepath, *args, **kwargs)
 
@@ -219,9 +235,45 @@ class VOTrainStep(ReplicatedModel):
             and not self.optimizer.built
         ):
             self.optimizer.build(self.trainable_variables)
+        self._introduce()
         whole_model = str(filepath).endswith(".keras")
         with contextlib.nullcontext() if whole_model else as_dense(self):
             super().load_weights(filepath, *args, **kwargs)
+
+    def compile_from_config(self, config: Any) -> None:
+        """As in Keras."""
+        super().compile_from_config(config)
+        self._introduce()
+
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras."""
+        self._introduce()
+        return super().save(*args, **kwargs)
+
+    def _introduce(self) -> None:
+        """Tells the optimizer, if there is one, what it trains."""
+        optimizer = find_vo_optimizer(getattr(self, "optimizer", None))
+        if optimizer is not None:
+            optimizer.belong_to(self)
+
+    def get_build_config(self) -> Any:
+        """As in Keras; with what has become of Dense layers.
+
+        What a model's constructor makes is Dense again when it is loaded.
+        """
+        config = super().get_build_config()
+        if config is None or self._dense is None:
+            return config
+        return {**config, _DENSE: self._dense}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """As in Keras."""
+        config = dict(config)
+        dense = config.pop(_DENSE, None)
+        super().build_from_config(config)
+        if dense is not None:
+            convert_dense(self, dense)
+            self._dense = dense
 
     @property
     def losses(self) -> list[Any]:
@@ -234,11 +286,11 @@ class VOTrainStep(ReplicatedModel):
         return [*super().metrics, *self._population_metrics.as_list()]
 
     @property
-    def _population_metrics(self) -> _PopulationMetrics:
+    def _population_metrics(self) -> PopulationMetrics:
         # Created on demand: make_variational() runs no constructor.
         if "_population_metrics_holder" not in self.__dict__:
             with tf.init_scope(), strategies.entered(self.made_under):
-                self._population_metrics_holder = _PopulationMetrics()
+                self._population_metrics_holder = PopulationMetrics()
         return self._population_metrics_holder
 
     def _require_vo_optimizer(self) -> VOOptimizer:
@@ -251,49 +303,6 @@ class VOTrainStep(ReplicatedModel):
                 f"Received: optimizer={self.optimizer!r}"
             )
         return optimizer
-
-    def _seed_random_layers(self, optimizer: VOOptimizer) -> None:
-        """Sets the seeds of random layers from seed and generation.
-
-        Keras does not save them: a resumed run would draw other masks.
-        """
-        weights = {id(v) for v in self.weights}
-        states = [v for v in self.variables if id(v) not in weights]
-        if not states:
-            return
-        seed = noise.generation_seed(
-            tf.convert_to_tensor(optimizer.base_seed),
-            tf.convert_to_tensor(optimizer.generations),
-        )
-        for index, state in enumerate(states):
-            # Negative: the population's draws have the indices from 0.
-            own = noise.single_seed(seed, tf.constant(-1 - index, tf.int64))
-            state.assign(tf.bitcast(own, tf.uint32))
-
-    def _average_statistics(self, batch_size: tf.Tensor) -> None:
-        """Gives all replicas the mean of what the mean network's pass updated.
-
-        That is, of moving statistics (BatchNorm), by examples.
-        """
-        replicas = current_replicas()
-        if replicas.count == 1:
-            return
-        updated = updated_weights(self)
-        if not updated:
-            return
-        wide = any(v.dtype == "float64" for v in updated)
-        dtype = tf.float64 if wide else tf.float32
-        weight = tf.cast(batch_size, dtype)
-        sums = replicas.sum(
-            [
-                tf.where(batch_size > 0, weight * tf.cast(v, dtype), 0)
-                for v in updated
-            ]
-            + [weight]
-        )
-        examples = sums.pop()
-        for variable, total in zip(updated, sums, strict=True):
-            variable.assign(tf.cast(total / examples, variable.dtype))
 
     def _call_in_training(self, x: Any) -> Any:
         if "training" in inspect.signature(self.call).parameters:
@@ -340,12 +349,3 @@ class VOTrainStep(ReplicatedModel):
             [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
         )
         return tf.math.divide_no_nan(total, weight / examples)
-
-    def _check_no_added_losses(self, added: list[Any]) -> None:
-        if added:
-            raise ValueError(
-                "LocalReparamDense needs a loss with a value for each "
-                "example, which `add_loss` and activity regularizers have "
-                "not. Expected: all of the loss in `compile(loss=...)` or "
-                f"`compute_loss`. Received: {len(added)} added losses"
-            )

@@ -1,8 +1,8 @@
 """How sigma follows the mean: the rule, its state, its effect."""
 
+import contextlib
 import math
 
-import absl.logging
 import keras
 import models
 import numpy as np
@@ -17,6 +17,7 @@ from keras_vo.perturbations.base import DenseCall, Space
 from keras_vo.perturbations.low_rank import LowRank
 from keras_vo.search import follow_mean
 from keras_vo.search.chunks import Noise
+from keras_vo.search.credit import Rows
 from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.layout import WeightLayout
 
@@ -177,36 +178,38 @@ def test_the_average_is_over_the_later_part_of_the_search():
     np.testing.assert_allclose(lags[-1], 2000 / 3, rtol=0.02)
 
 
-def test_a_sigma_far_above_the_scale_of_weights_starts_there():
-    """Units have 12 inputs: 1 / sqrt(12) = .289, three times that is .866."""
-    for stddev, bounds, want in (
-        (0.85, (), 0.85),
-        (0.9, (), 12**-0.5),
-        (100.0, (), 12**-0.5),
-        (100.0, (0.5, 1e3), 0.5),
-        (0.001, (), 0.001),
+def test_a_sigma_far_above_the_scale_of_weights():
+    """Units have 12 inputs: 1 / sqrt(12) = .289, three times that is .866.
+
+    "auto", .2, is far below; a number is kept, with a warning.
+    """
+    for stddev, bounds, want, warns in (
+        ("auto", (), 0.2, False),
+        ("auto", (0.5, 1e3), 0.5, False),
+        (0.001, (), 0.001, False),
+        (0.85, (), 0.85, False),
+        (0.9, (), 0.9, True),
+        (100.0, (0.5, 1e3), 100.0, True),
     ):
         optimizer = make(stddev=stddev, bounds=bounds)
-        optimizer.build(make_variables())
+        expected = (
+            pytest.warns(UserWarning, match=r"Expected: about 0\.29")
+            if warns
+            else contextlib.nullcontext()
+        )
+        with expected:
+            optimizer.build(make_variables())
         np.testing.assert_allclose(flat(optimizer.stddevs), want, rtol=1e-12)
     # Each weight of a layer counts: 300 with 100 inputs, 18 with 9.
     layout = WeightLayout(
         ((100, 3), (3,), (3, 3, 1, 2)), ("float32",) * 3, (0, 0, 1)
     )
     scale = math.sqrt((300 / 100 + 18 / 9) / 318)
-    assert follow_mean.initial(0.4, layout) == pytest.approx(scale)
-    assert follow_mean.initial(0.35, layout) == 0.35
+    assert follow_mean.noise_scale(layout) == pytest.approx(scale)
+    assert follow_mean.too_large(0.4, layout)
+    assert not follow_mean.too_large(0.35, layout)
     vector = WeightLayout(((300,),), ("float32",), (0,))
-    assert follow_mean.initial(9.0, vector) == 9.0
-
-
-def test_it_is_said_where_sigma_starts_elsewhere(monkeypatch):
-    said = []
-    monkeypatch.setattr(absl.logging, "info", lambda *args: said.append(args))
-    for stddev in (0.001, 0.85, 0.9, 100.0):
-        make(stddev=stddev).build(make_variables())
-    make(stddev=100.0, bounds=(0.5, 1e3)).build(make_variables())
-    assert [args[2] for args in said] == [0.9, 100.0, 100.0]
+    assert not follow_mean.too_large(9.0, vector)
 
 
 @pytest.mark.parametrize("stddev", [0.01, 3.0])
@@ -279,7 +282,7 @@ def test_fisher_information_of_low_rank_noise():
             sums = noise.sums(
                 Noise(tf.constant(draws[row : row + 1])),
                 (),
-                tf.ones([1, 1], tf.float64),
+                Rows(tf.ones([1, 1], tf.float64), tf.ones([1], tf.float64)),
             )
             (gradient,) = noise.gradient(sums, tf.ones([], tf.float64))
             score_of[row] = gradient.log_variance
@@ -511,11 +514,10 @@ def test_sigma_grows_where_all_losses_are_equal():
 
 
 @pytest.mark.parametrize("variance", ["fixed", *ADAPTIVE])
-@pytest.mark.parametrize("stddev", [0.001, 20.0])
-def test_it_finds_its_way_from_a_sigma_that_is_far_off(variance, stddev):
+def test_it_finds_its_way_from_a_sigma_that_is_far_too_small(variance):
     """The 0-1 error of a network: at .001 hardly a member differs.
 
-    On three seeds each, fixed ended at .35 and at .37 to .63, the others at 1.
+    On three seeds each, fixed ended at .35, the others at 1.
     """
     layers = [
         keras.layers.Dense(32, activation="relu"),
@@ -524,7 +526,7 @@ def test_it_finds_its_way_from_a_sigma_that_is_far_off(variance, stddev):
     model = models.make_model(
         layers,
         optimizer=models.make_optimizer(
-            keras_vo.GaussianSearchDistribution(variance, stddev),
+            keras_vo.GaussianSearchDistribution(variance, 0.001),
             population_size=16,
             seed=1,
             inner_optimizer=keras.optimizers.Adam(

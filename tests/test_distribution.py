@@ -624,10 +624,11 @@ def test_only_losses_cross_the_network():
             model.optimizer.build(model.trainable_variables)
         largest[noise, kind] = max(collectives(strategy, model))
     size = 4 * 30 + 30 + 30 * 2 + 2
-    assert largest["full", "fitness"] == 10
+    # The losses of 10 members, and a baseline and a count for each replica.
+    assert largest["full", "fitness"] == 10 + 2 * 2
     cheaper = cost.cost_model(network=False).cheaper(5, size, size + 2, 2)
     assert largest["full", "auto"] == largest["full", cheaper]
-    assert largest["low_rank", "fitness"] == 10
+    assert largest["low_rank", "fitness"] == 10 + 2 * 2
     assert largest["full", "gradient"] >= size
     # Their scores need the activations: their gradients are exchanged.
     assert 4 * 30 + 30 <= largest["local", "fitness"] < size

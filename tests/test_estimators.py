@@ -165,14 +165,16 @@ def test_antithetic_pairs_on_an_even_function():
         mirrored = np.concatenate([noise, -noise], axis=1)
         z = mirrored if antithetic else noise
         utilities = (z**2).sum(-1) - 2.0  # a known baseline
-        estimates = []
-        for i in range(0, repeats):
-            odd, even = estimators.pair_utilities(
-                by_sign(tf.constant(utilities[i]), antithetic)
-            )
-            if antithetic:
-                assert not odd.numpy().any()
-            estimates.append((even.numpy(), noise[i]))
+        pairs = tf.vectorized_map(
+            lambda row, pairs=antithetic: estimators.pair_utilities(
+                by_sign(row, pairs)
+            ),
+            tf.constant(utilities),
+        )
+        odd, even = (values.numpy() for values in pairs)
+        if antithetic:
+            assert not odd.any()
+        estimates = list(zip(even, noise, strict=True))
         sums = [w @ ((n**2).sum(-1) - 2.0) for w, n in estimates]
         variances[antithetic] = np.var(sums)
     # The estimator is those sums, up to a constant:

@@ -3,7 +3,6 @@
 import pathlib
 import subprocess
 import sys
-import warnings
 
 import keras
 import models
@@ -139,28 +138,11 @@ def test_backup_and_restore(tmp_path):
     )
 
 
-def test_another_structure_is_refused_and_nothing_is_lost(tmp_path):
-    path = tmp_path / "model.weights.h5"
-    saved = make(optimizer="separable")
-    models.fit(saved)
-    saved.save_weights(path)
-    other = make(optimizer="layerwise")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras's, of the inner optimizer
-        with pytest.raises(ValueError, match="another structure.*'layerwise'"):
-            other.load_weights(path)
-        other.load_weights(path, skip_mismatch=True)
-    np.testing.assert_array_equal(models.weights(other), models.weights(saved))
-    assert int(other.optimizer.generations) == 0  # a new search
-    assert "population_loss" in models.fit(other)
-
-
 def test_weights_of_a_plain_model(tmp_path):
     plain = keras.Sequential([keras.Input((4,)), *models.make_layers()])
     plain.save_weights(tmp_path / "plain.weights.h5")
     model = make()
-    with pytest.warns(UserWarning, match="saved optimizer has 0 variables"):
-        model.load_weights(tmp_path / "plain.weights.h5")
+    model.load_weights(tmp_path / "plain.weights.h5")  # has no search at all
     np.testing.assert_array_equal(models.weights(model), models.weights(plain))
 
 

@@ -26,7 +26,12 @@ from keras_vo.keras_compat import (
     mask_of,
 )
 
-__all__ = ["ExampleLoss", "by_example", "checked_examples"]
+__all__ = [
+    "ExampleLoss",
+    "by_example",
+    "check_no_added_losses",
+    "checked_examples",
+]
 
 
 class ExampleLoss:
@@ -151,3 +156,14 @@ def checked_examples(losses: Any, inputs: tf.Tensor | None = None) -> tf.Tensor:
             "`compute_loss` must return the loss of each example.",
         )
     return losses
+
+
+def check_no_added_losses(added: list[Any]) -> None:
+    """Raises if a model has losses that no example has."""
+    if added:
+        raise ValueError(
+            "LocalReparamDense needs a loss with a value for each "
+            "example, which `add_loss` and activity regularizers have "
+            "not. Expected: all of the loss in `compile(loss=...)` or "
+            f"`compute_loss`. Received: {len(added)} added losses"
+        )

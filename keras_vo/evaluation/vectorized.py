@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from absl import logging as absl_logging
 
 __all__ = ["compiled"]
+
+_announced: set[str] = set()  # ops
 
 
 def compiled(
@@ -51,13 +55,30 @@ def compiled(
     try:
         with _quiet_tensorflow():
             traced = trace(vectorized)
-        graph = traced.graph.as_graph_def()
-        if jit_compile and _uses_tensor_lists(graph):
-            traced = trace(mapped)
-    except (NotImplementedError, ValueError):
-        # No vectorized form; or the function's own error, raised again here.
+    except (NotImplementedError, ValueError) as error:
+        # If it is the function's own, it is raised again here.
+        traced = trace(mapped)
+        _announce_slow_path(str(error))
+        return traced
+    if jit_compile and _uses_tensor_lists(traced.graph):
         traced = trace(mapped)
     return traced
+
+
+def _announce_slow_path(reason: str) -> None:
+    """Says once for each op that members are evaluated one after another."""
+    found = re.search(
+        r"(?:No pfor vectorization defined for|op) '?(\w+)", reason
+    )
+    op = found.group(1) if found else reason.partition("\n")[0]
+    if op in _announced:
+        return
+    _announced.add(op)
+    absl_logging.warning(
+        "The members of a population are evaluated one after another, not "
+        "vectorized, since TensorFlow has no vectorized form of %s.",
+        op,
+    )
 
 
 @contextlib.contextmanager
@@ -74,7 +95,8 @@ def _quiet_tensorflow() -> Iterator[None]:
 
 def _uses_tensor_lists(graph: Any) -> bool:
     """Whether a loop's TensorArray was vectorized, which XLA can't compile."""
-    nodes = list(graph.node)
-    for function in graph.library.function:
+    definition = graph.as_graph_def()
+    nodes = list(definition.node)
+    for function in definition.library.function:
         nodes.extend(function.node_def)
     return any(node.op.startswith("TensorList") for node in nodes)

@@ -19,13 +19,20 @@ import numpy as np
 import tensorflow as tf
 
 from keras_vo.replicas import strategies
-from keras_vo.search.engine import Report, Search
+from keras_vo.search.engine import Search
 from keras_vo.search.estimators import Direction
-from keras_vo.search.gaussian import step_kl, stddev_of
+from keras_vo.search.gaussian import stddev_of, step_kl
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.signal_to_noise import signal_to_noise
+from keras_vo.search.state import Report
 
-__all__ = ["NUMBERS", "ObservedStep", "StepObserver", "observed"]
+__all__ = [
+    "NUMBERS",
+    "ObservedStep",
+    "StepObserver",
+    "known_means",
+    "observed",
+]
 
 # In the order of the variable; sigma of each layer comes after them.
 NUMBERS = (
@@ -289,3 +296,11 @@ def _median_of_sigma(values: tf.Tensor) -> tf.Tensor:
     ascending = tf.sort(values)
     middle = tf.stack([ascending[(size - 1) // 2], ascending[size // 2]])
     return tf.reduce_mean(stddev_of(middle))
+
+
+def known_means(rows: np.ndarray) -> np.ndarray:
+    """Means over the first axis of what is not NaN; NaN if all is."""
+    known = ~np.isnan(rows)
+    count = known.sum(axis=0)
+    total = np.where(known, rows, 0.0).sum(axis=0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)

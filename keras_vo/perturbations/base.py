@@ -27,7 +27,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import MEMBER
+from keras_vo.search.credit import MEMBER, Rows
 from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.signal_to_noise import Probe
 
@@ -194,20 +194,15 @@ class Perturbation:
         return ()
 
     def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        utilities: tf.Tensor,
-        ids: tf.Tensor | None = None,
+        self, noise: Noise, records: Any, rows: Rows
     ) -> dict[str, tf.Tensor]:
         """Sums over a chunk of directions, which chunks and replicas add up.
 
         Args:
             noise: [chunk, ...].
             records: from `finish`, [chunk, signs, ...].
-            utilities: u [chunk, signs], or [chunk, signs, batch] of examples.
-            ids: numbers of the directions, [chunk]; `None`: no "squares" (see
-                `keras_vo.search.signal_to_noise`) are wanted.
+            rows: what they are summed with. With `ids`, a sum "squares" (see
+                `keras_vo.search.signal_to_noise`) is wanted.
         """
         raise NotImplementedError
 

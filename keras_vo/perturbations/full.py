@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
 from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
+from keras_vo.search.credit import Rows
 
 __all__ = ["Full", "full_squares"]
 
@@ -36,8 +37,8 @@ class Full(Perturbation):
         self._mean = self._layout.flatten(
             [gaussian.means[i] for i in self.variables]
         )
-        self._stddev = tf.sqrt(
-            self._expanded([gaussian.variances[i] for i in self.variables])
+        self._stddev = self._expanded(
+            [gaussian.tensor_stddevs[i] for i in self.variables]
         )
         self._factor = None
         if space.probe is not None and self.variables:
@@ -58,19 +59,15 @@ class Full(Perturbation):
         return dict(zip(self.variables, perturbed, strict=True)), None
 
     def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        utilities: tf.Tensor,
-        ids: tf.Tensor | None = None,
+        self, noise: Noise, records: Any, rows: Rows
     ) -> dict[str, tf.Tensor]:
-        odd, even = estimators.pair_utilities(utilities)
+        odd, even = estimators.pair_utilities(rows.utilities)
         sums = {"mean": estimators.weighted_noise(noise.weights, odd)}
         if self._adapts:
             sums["log_variance"] = estimators.weighted_excess(
                 noise.weights, even, self._layout
             )
-        if ids is not None and self._factor is not None:
+        if rows.ids is not None and self._factor is not None:
             sums["squares"] = full_squares(noise.weights, odd, self._factor)
         return sums
 

@@ -24,7 +24,7 @@ from keras_vo.perturbations.base import (
 )
 from keras_vo.perturbations.scope import current_graph
 from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import EXAMPLE
+from keras_vo.search.credit import EXAMPLE, Rows
 from keras_vo.search.local_reparameterization import (
     ActivationNoise,
     column_squares,
@@ -202,40 +202,36 @@ class LocalReparam(Perturbation):
         )
 
     def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        utilities: tf.Tensor,
-        ids: tf.Tensor | None = None,
+        self, noise: Noise, records: Any, rows: Rows
     ) -> dict[str, tf.Tensor]:
         sums = {}
         for number, ((weights, site), xi, record) in enumerate(
             zip(self._sites, noise.activations, records, strict=True)
         ):
-            terms = iter(site.sums(xi, record, utilities))
+            terms = iter(site.sums(xi, record, rows))
             for i in weights:
                 sums[f"mean/{number}/{i}"] = next(terms)
                 if self._adapts:
                     sums[f"log_variance/{number}/{i}"] = next(terms)
-        if ids is not None and self._probe is not None:
+                    if not site.shared:
+                        sums[f"fisher/{number}/{i}"] = next(terms)
+        if rows.ids is not None and self._probe is not None:
             sums["squares"] = tf.cond(
                 self._probe.looks_at_columns,
-                lambda: self._squares(noise, records, utilities, ids),
-                lambda: tf.constant(math.nan, utilities.dtype),
+                lambda: self._squares(noise, records, rows),
+                lambda: tf.constant(math.nan, rows.utilities.dtype),
             )
         return sums
 
-    def _squares(
-        self, noise: Noise, records: Any, utilities: tf.Tensor, ids: tf.Tensor
-    ) -> tf.Tensor:
+    def _squares(self, noise: Noise, records: Any, rows: Rows) -> tf.Tensor:
         """Of one column of each variable and direction."""
         columns: dict[int, list[tf.Tensor]] = {}
         units: dict[int, tf.Tensor] = {}
         for (weights, site), xi, record in zip(
             self._sites, noise.activations, records, strict=True
         ):
-            unit = tf.math.floormod(ids, self._shapes[weights[0]][-1])
-            parts = site.columns(xi, record, utilities, unit)
+            unit = tf.math.floormod(rows.ids, self._shapes[weights[0]][-1])
+            parts = site.columns(xi, record, rows.utilities, unit)
             for i, column in zip(weights, parts, strict=True):
                 columns.setdefault(i, []).append(column)
                 units[i] = unit
@@ -251,10 +247,12 @@ class LocalReparam(Perturbation):
         return tf.add_n(terms)
 
     def totals(self) -> dict[str, tf.Tensor]:
+        # Kernel and bias perturb the same activations: half of it each.
         return {
-            f"fisher/{number}/{i}": fisher
+            f"fisher/{number}/{i}": site.shared_fisher() / len(weights)
             for number, (weights, site) in enumerate(self._sites)
-            for i, fisher in zip(weights, site.fishers(), strict=True)
+            if site.shared
+            for i in weights
         }
 
     def gradient(

@@ -54,6 +54,7 @@ from keras_vo.perturbations.base import (
 )
 from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
+from keras_vo.search.credit import Rows
 
 if TYPE_CHECKING:
     from keras_vo.perturbations.scope import Evaluation
@@ -205,7 +206,7 @@ class LowRank(Perturbation):
         self._kernels = []
         for call in claims:
             index = space.positions[id(call.kernel)]
-            stddev = tf.sqrt(gaussian.variances[index])
+            stddev = gaussian.tensor_stddevs[index]
             factor = None
             if space.probe is not None:
                 factor = space.probe.scales[index] / stddev
@@ -263,13 +264,9 @@ class LowRank(Perturbation):
         )
 
     def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        utilities: tf.Tensor,
-        ids: tf.Tensor | None = None,
+        self, noise: Noise, records: Any, rows: Rows
     ) -> dict[str, tf.Tensor]:
-        odd, even = estimators.pair_utilities(utilities)
+        odd, even = estimators.pair_utilities(rows.utilities)
         sums, squares = {}, []
         for number, (kernel, factors) in enumerate(
             self._factors(noise.weights)
@@ -279,7 +276,7 @@ class LowRank(Perturbation):
                 sums[f"log_variance/{number}"] = log_variance_sums(
                     *factors, even, kernel.shared
                 )
-            if ids is not None and kernel.factor is not None:
+            if rows.ids is not None and kernel.factor is not None:
                 squares.append(kernel_squares(*factors, odd, kernel.factor))
         if squares:
             sums["squares"] = tf.add_n(squares)

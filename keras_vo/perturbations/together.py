@@ -14,6 +14,7 @@ from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
 from keras_vo.perturbations.full import Full
 from keras_vo.perturbations.scope import Evaluation, Recording, entered
 from keras_vo.search.chunks import Noise
+from keras_vo.search.credit import Rows
 from keras_vo.search.estimators import Direction
 
 __all__ = ["Perturbations", "check_batch", "levels"]
@@ -103,26 +104,24 @@ class Perturbations:
         self,
         noise: Noise,
         records: Any,
-        utilities: Mapping[str, tf.Tensor],
-        ids: tf.Tensor | None,
+        rows: Mapping[str, Rows],
     ) -> dict[str, dict[str, tf.Tensor]]:
         """Sums over a chunk, by kind: see `Perturbation.sums`.
 
         Args:
-            noise: [chunk, ...]; without that of activations where no utilities
-                ask for it.
+            noise: [chunk, ...]; without that of activations where no rows ask
+                for it.
             records: of each kind; empty, alike.
-            utilities: by level; kinds of other levels are left out.
-            ids: see `Perturbation.sums`.
+            rows: by level; kinds of other levels are left out.
         """
         parts = self._split(noise)
         records = records or [()] * len(self._kinds)
         return {
-            kind.name: kind.sums(part, record, utilities[kind.level], ids)
+            kind.name: kind.sums(part, record, rows[kind.level])
             for kind, part, record in zip(
                 self._kinds, parts, records, strict=True
             )
-            if kind.level in utilities
+            if kind.level in rows
         }
 
     def totals(self) -> dict[str, dict[str, tf.Tensor]]:

@@ -35,7 +35,7 @@ class CostModel:
     """Rates, from which the time of a step follows.
 
     The defaults are those of workers of one CPU core and of TensorFlow's
-    all-reduce on a network of 10 Gbit/s: BUILD_NOTES.md, "Replicas".
+    all-reduce on a network of 10 Gbit/s: benchmarks/results/replicas.md.
 
     Attributes:
         normals: normals drawn a second.

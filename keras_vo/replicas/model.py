@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras_vo.keras_compat import TrainerHooks, initial_epoch
 from keras_vo.replicas import strategies, workers
 
-__all__ = ["ReplicatedModel"]
+__all__ = ["ReplicatedModel", "with_callback"]
 
 
 class ReplicatedModel(TrainerHooks):
@@ -56,8 +56,10 @@ class ReplicatedModel(TrainerHooks):
         strategy = self.made_under
         if not strategies.is_multi_worker(strategy):
             return super().fit(*args, **kwargs)
-        bound = inspect.signature(super().fit).bind(*args, **kwargs)
-        given = bound.arguments
+        compare = keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: self._compare_workers()
+        )
+        given = with_callback(compare, args, kwargs)
         callbacks = _as_list(given.get("callbacks"))
         _make_directories(callbacks)
         backups = [
@@ -71,17 +73,10 @@ class ReplicatedModel(TrainerHooks):
             "validation": given.get("validation_data") is not None
             or bool(given.get("validation_split")),
         }
-        compare = keras.callbacks.LambdaCallback(
-            on_train_begin=lambda logs: self._compare_workers()
-        )
-        if isinstance(given.get("callbacks"), keras.callbacks.CallbackList):
-            given["callbacks"].append(compare)
-        else:
-            given["callbacks"] = [*callbacks, compare]
         try:
             with workers.lost_workers_explained(strategy):
                 with _kept(backups):
-                    history = super().fit(*bound.args, **bound.kwargs)
+                    history = super().fit(**given)
                 # Not before all have written their last backup.
                 workers.wait_for_workers(strategy)
         finally:
@@ -105,7 +100,7 @@ class ReplicatedModel(TrainerHooks):
                 "weights": [list(v.shape) for v in self.weights],
                 "values of weights": _digest(self.weights),
                 "state of the search": _digest(self.optimizer.variables),
-                **_without_names(self.optimizer.get_config()),
+                **_shared_settings(self.optimizer.get_config()),
             },
         )
 
@@ -176,7 +171,7 @@ class ReplicatedModel(TrainerHooks):
         if iterator is not None and self._facts is not None:
             self._facts.setdefault("steps_per_epoch", iterator.num_batches)
         if iterator is not None and self.made_under is not None:
-            for _, _, batches in iterator:
+            for *_, batches in iterator:  # one number or two before it
                 data_batch = strategies.first_local(
                     next(batches), self.made_under
                 )
@@ -258,11 +253,37 @@ def _remove(directory: Any) -> None:
         pass
 
 
-def _without_names(config: Any) -> Any:
-    """Without what counts the objects that a process has made."""
+def _shared_settings(config: Any) -> Any:
+    """What all workers have to agree on.
+
+    That is neither how each uses its memory, nor names: these count the
+    objects that a process has made.
+    """
     if not isinstance(config, dict):
         return config
-    return {k: _without_names(v) for k, v in config.items() if k != "name"}
+    own = ("name", "chunk_size", "memory_budget")
+    return {k: _shared_settings(v) for k, v in config.items() if k not in own}
+
+
+def with_callback(
+    callback: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `fit`, by name, with a further callback.
+
+    Args:
+        callback: it, called after the others.
+        args: positional arguments.
+        kwargs: the others.
+    """
+    signature = inspect.signature(keras.Model.fit)
+    given = signature.bind(None, *args, **kwargs).arguments
+    del given["self"]
+    callbacks = given.get("callbacks")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(callback)
+    else:
+        given["callbacks"] = [*_as_list(callbacks), callback]
+    return given
 
 
 def _as_list(callbacks: Any) -> list[Any]:

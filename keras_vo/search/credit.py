@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "Generation",
     "Outcomes",
     "Pooled",
+    "Rows",
     "Shaping",
     "example_utilities",
     "pool",
@@ -73,13 +75,32 @@ class Outcomes(NamedTuple):
         examples: number of examples that this replica has, a scalar; 0: the
             members it has evaluated are missing. `None`: not a matter of
             examples.
+        baseline: the loss of the mean on this replica's shard of the batch, a
+            scalar; `None`: there is one replica.
         evaluated: the evaluation; `None`: the noise is to be drawn again.
     """
 
     losses: Mapping[str, tf.Tensor]
     example_weights: Any = 1.0
     examples: tf.Tensor | None = None
+    baseline: tf.Tensor | None = None
     evaluated: Evaluated | None = None
+
+
+class Rows(NamedTuple):
+    """What the directions of a chunk are summed with, of one level.
+
+    Attributes:
+        utilities: [chunk, signs], or [chunk, signs, batch] of examples.
+        shares: what each of a direction's members adds to a mean over this
+            replica's members, [chunk]; 0 in padding.
+        ids: numbers of the directions, [chunk]; `None`: the squared norms of
+            `keras_vo.search.signal_to_noise` are not wanted.
+    """
+
+    utilities: tf.Tensor
+    shares: tf.Tensor
+    ids: tf.Tensor | None = None
 
 
 class Generation(NamedTuple):
@@ -115,11 +136,14 @@ class Pooled(NamedTuple):
         losses: [N]; NaN where missing, inf where not finite.
         utilities: [N]; 0 where missing.
         known: how many are not missing, a scalar of the dtype of the losses.
+        examples: number of examples of all replicas, alike; 1 where it is not
+            a matter of examples.
     """
 
     losses: tf.Tensor
     utilities: tf.Tensor
     known: tf.Tensor
+    examples: tf.Tensor
 
 
 def pool(
@@ -130,6 +154,11 @@ def pool(
 ) -> Pooled:
     """Puts the replicas' losses together, and shapes them.
 
+    The shards of a batch have different losses, whatever the member: what is
+    compared are losses less the mean network's on the same shard. (Less the
+    difference to that of one shard: where all have the same examples, nothing
+    is subtracted.)
+
     Args:
         outcomes: of this replica's members.
         shape: fitness shaping, from losses [N] to utilities.
@@ -137,21 +166,49 @@ def pool(
         communicator: to the other replicas.
     """
     losses = outcomes.losses[MEMBER]
+    dtype = losses.dtype
     finite = tf.math.is_finite(losses)
-    losses = tf.where(finite, losses, tf.constant(float("inf"), losses.dtype))
-    if communicator.count == 1:
-        size = tf.constant(losses.shape[0], losses.dtype)
-        return Pooled(losses, shape(losses), size)
+    losses = tf.where(finite, losses, tf.constant(math.inf, dtype))
+    examples = tf.ones([], dtype)
     if outcomes.examples is not None:
-        missing = tf.constant(float("nan"), losses.dtype)
-        losses = tf.where(outcomes.examples > 0, losses, missing)
-    (losses,) = communicator.sum([shard.place(losses)])
-    return shaped_where_known(
-        shape, losses, losses.shape[0] // shard.directions
+        examples = tf.cast(outcomes.examples, dtype)
+    if communicator.count == 1:
+        size = tf.constant(losses.shape[0], dtype)
+        return Pooled(losses, shape(losses), size, examples)
+    own = tf.one_hot(communicator.index, communicator.count, dtype=dtype)
+    missing = tf.constant(math.nan, dtype)
+    losses = tf.where(examples > 0, losses, missing)
+    baseline = _baseline(outcomes, losses)
+    losses, baselines, seen = communicator.sum(
+        [
+            shard.place(losses),
+            tf.where(own > 0, baseline, 0),
+            own * examples,
+        ]
     )
+    signs = losses.shape[0] // shard.directions
+    reference = baselines[tf.argmax(seen > 0)]
+    owners = Shard.owners(shard.directions, communicator.count)
+    offsets = tf.gather(baselines - reference, owners * signs)
+    utilities, known = shaped_where_known(shape, losses - offsets, signs)
+    return Pooled(losses, utilities, known, tf.reduce_sum(seen))
 
 
-def shaped_where_known(shape: Shaping, losses: tf.Tensor, signs: int) -> Pooled:
+def _baseline(outcomes: Outcomes, losses: tf.Tensor) -> tf.Tensor:
+    """The mean's loss; where it is not finite, the members' mean loss."""
+    finite = tf.math.is_finite(losses)
+    total = tf.reduce_sum(tf.where(finite, losses, 0))
+    count = tf.math.count_nonzero(finite, dtype=losses.dtype)
+    of_members = tf.math.divide_no_nan(total, count)
+    if outcomes.baseline is None:
+        return of_members
+    baseline = tf.cast(outcomes.baseline, losses.dtype)
+    return tf.where(tf.math.is_finite(baseline), baseline, of_members)
+
+
+def shaped_where_known(
+    shape: Shaping, losses: tf.Tensor, signs: int
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Utilities of a population of which some members are missing.
 
     Those take part in the shaping with the losses of other directions, in
@@ -164,6 +221,9 @@ def shaped_where_known(shape: Shaping, losses: tf.Tensor, signs: int) -> Pooled:
         losses: [N], all of the first sign first; NaN where missing, for both
             or none of a pair.
         signs: members of a direction, 1 or 2.
+
+    Returns:
+        Utilities [N], and how many members are known.
     """
     known = ~tf.math.is_nan(losses)
     directions = losses.shape[0] // signs
@@ -186,7 +246,7 @@ def shaped_where_known(shape: Shaping, losses: tf.Tensor, signs: int) -> Pooled:
     utilities = tf.where(
         tf.reduce_all(known), utilities, weights * (utilities - mean)
     )
-    return Pooled(losses, utilities, members)
+    return utilities, members
 
 
 def example_utilities(outcomes: Outcomes, shape: Shaping) -> tf.Tensor:

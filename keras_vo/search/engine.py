@@ -12,126 +12,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import tensorflow as tf
 
 from keras_vo.search import credit, estimators
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
-from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Shaping
+from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
-from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.members import Members, Shard
-from keras_vo.search.rules import Proposal, Rule, State, Step
+from keras_vo.search.rules import Proposal, State, Step
 from keras_vo.search.signal_to_noise import Probe
+from keras_vo.search.state import (
+    Perturbations,
+    Report,
+    SearchState,
+    Settings,
+)
 
-__all__ = [
-    "Perturbations",
-    "Report",
-    "Search",
-    "SearchState",
-    "Settings",
-    "mean_scale",
-]
-
-
-class Perturbations(Protocol):
-    """How all variables are perturbed: `keras_vo.perturbations.Perturbations`.
-
-    Attributes:
-        noise_size: normals of a direction that perturb weights.
-        activations: tensors of the shapes of a direction's further noise.
-        levels: of the credit that is needed.
-    """
-
-    noise_size: int
-    activations: tuple[tf.Tensor, ...]
-    levels: frozenset[str]
-
-    def activation_bytes(self, signs: int) -> Any: ...
-
-    def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        utilities: Mapping[str, tf.Tensor],
-        ids: tf.Tensor | None,
-    ) -> dict[str, dict[str, tf.Tensor]]:
-        """By kind; of those whose level there are utilities of."""
-
-    def totals(self) -> dict[str, dict[str, tf.Tensor]]: ...
-
-    def direction(
-        self,
-        sums: Mapping[str, Mapping[str, tf.Tensor]],
-        counts: Mapping[str, tf.Tensor],
-    ) -> Direction: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What does not change from step to step.
-
-    Attributes:
-        population_size: number N of members.
-        antithetic: whether they come in mirrored pairs.
-        shape: fitness shaping.
-        loss_scaled: whether utilities have the scale of the losses.
-        natural_gradient: whether gradients are preconditioned.
-        rules: what the proposal goes through, in this order.
-        chunk_size: members evaluated at once; `None`: chosen.
-        memory_budget: bytes, see `ChunkPlan`.
-    """
-
-    population_size: int
-    antithetic: bool
-    shape: Shaping
-    loss_scaled: bool
-    natural_gradient: bool
-    rules: Sequence[Rule]
-    chunk_size: int | None
-    memory_budget: int
-
-
-class SearchState(NamedTuple):
-    """What changes from step to step.
-
-    Attributes:
-        gaussian: the search distribution.
-        base_seed: of all noise, a scalar.
-        generation: number of populations before this one, a scalar.
-        updates: number of updates of the mean before this one, a scalar.
-        rules: the state of all rules, by name.
-    """
-
-    gaussian: Gaussian
-    base_seed: tf.Tensor
-    generation: tf.Tensor
-    updates: tf.Tensor
-    rules: State
-
-
-class Report(NamedTuple):
-    """What a step has found, and what it proposes.
-
-    Attributes:
-        losses: of the members [N]; NaN where missing, inf where not finite.
-        utilities: of the members [N].
-        direction: the gradients, as they are stepped down.
-        any_finite: whether any loss is finite. Else the step is none: all
-            that it proposes is to be left.
-        proposal: the next search distribution.
-        rules: the next state of the rules.
-    """
-
-    losses: tf.Tensor
-    utilities: tf.Tensor
-    direction: Direction
-    any_finite: tf.Tensor
-    proposal: Proposal
-    rules: State
+__all__ = ["Search", "mean_scale"]
 
 
 # From the noise of this replica's members to their outcomes.
@@ -196,6 +97,7 @@ class Search:
             pooled.losses,
             pooled.utilities,
             direction,
+            pooled.examples,
             tf.reduce_any(tf.math.is_finite(pooled.losses)),
             proposal,
             rules,
@@ -292,15 +194,19 @@ class Search:
 
         Without an evaluation, the noise of weights is drawn again.
         """
-        levels, weights = list(utilities), list(utilities.values())
+        share = tf.constant(1 / len(members), self.state.gaussian.layout.dtype)
+        weights = [*utilities.values(), tf.fill([members.directions], share)]
         if self.probe is not None:
             population = self.settings.population_size // len(members.signs)
             weights.append(self.probe.ids(members, population))
 
-        def chunk(noise: Noise, records: Any, rows: list[tf.Tensor]) -> Any:
-            ids = rows[-1] if self.probe is not None else None
-            by_level = dict(zip(levels, rows, strict=False))
-            return self.perturbations.sums(noise, records, by_level, ids)
+        def chunk(noise: Noise, records: Any, cut: list[tf.Tensor]) -> Any:
+            rest = cut[len(utilities) :]
+            rows = {
+                level: Rows(values, *rest)
+                for level, values in zip(utilities, cut, strict=False)
+            }
+            return self.perturbations.sums(noise, records, rows)
 
         if evaluated is None:
             source = self._source(members, activations=False)

@@ -22,11 +22,10 @@ gradients the steps of the mean take their size from s
 
 From above, the network's shape says what is too much: noise of sigma on the
 weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
-what comes in. So the mean raises sigma to 1.5 / sqrt(fan in) at most, and
-where sigma_0 is more than 3 / sqrt(fan in), s starts at 1 / sqrt(fan in). The
-fan in is a mean over all kernels.
+what comes in. So the mean raises sigma to 1.5 / sqrt(fan in) at most. The fan
+in is a mean over all kernels.
 
-docs/decisions has what else was tried.
+docs/decisions/0015-sigma-follows-the-mean.md has what else was tried.
 
 References:
     [1] Hansen, Ostermeier, "Completely Derandomized Self-Adaptation in
@@ -47,16 +46,18 @@ from keras_vo.search.rules import Descent, Proposal, State, Step
 
 __all__ = [
     "FollowMean",
+    "MOST_NOISE",
     "averaged_mean",
     "blind_growth",
     "follows",
-    "initial",
     "lifted",
+    "noise_scale",
+    "too_large",
 ]
 
 _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
-_MOST_LIFTED, _MOST_NOISE = 1.5, 3.0
+_MOST_LIFTED, MOST_NOISE = 1.5, 3.0
 _BLIND_RATE = 0.06
 
 
@@ -132,7 +133,7 @@ def follows(blocks: WeightLayout, population_size: int) -> list[bool]:
     return [size > few for size in blocks.group_sizes]
 
 
-def _noise_scale(blocks: WeightLayout) -> float:
+def noise_scale(blocks: WeightLayout) -> float:
     """1 / sqrt(fan in), the sigma that makes as much noise as what comes in.
 
     A root mean square over all weights in tensors of two axes or more, of
@@ -146,10 +147,9 @@ def _noise_scale(blocks: WeightLayout) -> float:
     return math.sqrt(units / weights) if weights else math.inf
 
 
-def initial(stddev: float, blocks: WeightLayout) -> float:
-    """Where s starts: sigma_0, or 1 / sqrt(fan in) if that is far less."""
-    scale = _noise_scale(blocks)
-    return scale if stddev > _MOST_NOISE * scale else stddev
+def too_large(stddev: float, blocks: WeightLayout) -> bool:
+    """Whether sigma_0 is more than 3 / sqrt(fan in)."""
+    return stddev > MOST_NOISE * noise_scale(blocks)
 
 
 def averaged_mean(
@@ -198,7 +198,7 @@ def lifted(
         population_size: N, see `follows`.
     """
     squares = blocks.group_means(tf.square(distance))
-    most = (_MOST_LIFTED * _noise_scale(blocks)) ** 2
+    most = (_MOST_LIFTED * noise_scale(blocks)) ** 2
     # The log of 0 is -inf: no floor.
     floor = tf.math.log(tf.minimum(squares, tf.constant(most, squares.dtype)))
     shared = layout.groups is not None  # groups are the blocks

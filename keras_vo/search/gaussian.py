@@ -70,6 +70,11 @@ class Gaussian:
         """
         return self.layout.per_tensor(tf.exp(self.log_variance))
 
+    @functools.cached_property
+    def tensor_stddevs(self) -> list[tf.Tensor]:
+        """sigma, in the shapes of `variances`."""
+        return [tf.sqrt(variance) for variance in self.variances]
+
     @property
     def stddevs(self) -> list[tf.Tensor]:
         """sigma of each weight, in the shapes and dtypes of the weights."""

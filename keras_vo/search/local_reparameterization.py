@@ -37,6 +37,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from keras_vo.search.credit import Rows
+
 __all__ = [
     "ActivationNoise",
     "activation_variance",
@@ -171,44 +173,26 @@ class ActivationNoise:
             inputs, self._kernel_variance, self._bias_variance
         )
 
-    def fishers(self) -> list[tf.Tensor]:
-        """Fisher information of log sigma^2, a sum over examples and positions.
+    @property
+    def shared(self) -> bool:
+        """Whether the kernel has a single variance."""
+        return self._kernel_variance.shape.rank == 0
 
-        A unit's v has a Fisher information of 1/2 of its logarithm, and
+    def shared_fisher(self) -> tf.Tensor:
+        """Fisher information of a log variance that all weights share.
 
-            d log v_i / d beta_ji = s_ji = A_j^2 sigma_ji^2 / v_i
-
-        adds up to 1 over what is contracted, the bias included. Where all
-        share one variance, that of their common beta is 1/2 for each unit; it
-        is given to kernel and bias in equal parts. Where each weight has its
-        own, the Fisher matrix has the entries 1/2 s_ji s_ki, and the sums of
-        its rows are 1/2 s_ji.
-
-        Returns:
-            For the kernel, then for the bias if there is one: a scalar, or one
-            for each weight.
+        It is that of each unit's log v, 1/2, for each example and position.
         """
-        counted = tf.ones_like(self._inputs[..., :1])
+        counted = tf.ones_like(self._inputs[..., 0])
         if self._mask is not None:
             counted = self._mask
-        if self._kernel_variance.shape.rank == 0:
-            parts = 1 + self.has_bias
-            shared = 0.5 * self._units * tf.reduce_sum(counted)
-            return [shared / parts] * parts
-        score = tf.math.divide_no_nan(0.5 * counted, self.variance)
-        by_weight = log_variance_sums(
-            tf.reshape(self._inputs, [-1, self._inputs.shape[-1]]),
-            tf.reshape(score, [-1, self._units]),
-            self._kernel_variance,
-            self._bias_variance,
-        )
-        return list(by_weight[: 1 + self.has_bias])
+        return 0.5 * self._units * tf.reduce_sum(counted)
 
     def sums(
         self,
         noise: tf.Tensor,
         record: tuple[tf.Tensor, ...],
-        utilities: tf.Tensor,
+        rows: Rows,
     ) -> list[tf.Tensor]:
         """Sums of the scores over a chunk of members, times utilities.
 
@@ -217,12 +201,14 @@ class ActivationNoise:
                 -xi.
             record: A and v of each member, [chunk, signs, batch, ..., in or
                 units]; empty if they are the mean network's.
-            utilities: u [chunk, signs, batch].
+            rows: with utilities u [chunk, signs, batch].
 
         Returns:
             For the kernel, then for the bias if there is one: the sum for mu
-            and, if sigma is to be changed, the sum for beta.
+            and, if sigma is to be changed, the sum for beta; and where each
+            weight has a variance of its own, the sum of `_fisher`.
         """
+        utilities = rows.utilities
         signs = utilities.shape[1]
         positions = [1] * (noise.shape.rank - 2)
         utilities = tf.reshape(
@@ -239,25 +225,65 @@ class ActivationNoise:
             inputs, variance = self._inputs, self.variance
             weighted = tf.reduce_sum(weighted, axis=[0, 1])
             excess = tf.reduce_sum(excess, axis=[0, 1])
-        flat = [
+        flat, mean_score, variance_score = (
             tf.reshape(values, [-1, values.shape[-1]])
             for values in (inputs, *scores(weighted, excess, variance))
-        ]
-        inputs, mean_score, variance_score = flat
-        sums = [mean_sums(inputs, mean_score)]
+        )
+        sums = [mean_sums(flat, mean_score)]
         if self._adapts:
             sums.append(
                 log_variance_sums(
-                    inputs,
+                    flat,
                     variance_score,
                     self._kernel_variance,
                     self._bias_variance,
                 )
             )
+            if not self.shared:
+                sums.append(self._fisher(inputs, variance, rows.shares, signs))
         by_weight = list(zip(*sums, strict=True))
         return [
             term for terms in by_weight[: 1 + self.has_bias] for term in terms
         ]
+
+    def _fisher(
+        self,
+        inputs: tf.Tensor,
+        variance: tf.Tensor,
+        shares: tf.Tensor,
+        signs: int,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Fisher information of each log sigma^2, a mean over members.
+
+        A unit's v has a Fisher information of 1/2 of its logarithm, and
+
+            d log v_i / d beta_ji = s_ji = A_j^2 sigma_ji^2 / v_i
+
+        adds up to 1 over what is contracted, the bias included. The Fisher
+        matrix has the entries 1/2 s_ji s_ki, and the sums of its rows are
+        1/2 s_ji, here summed over examples and positions.
+
+        Args:
+            inputs: A of each member, or of the mean network.
+            variance: v, alike.
+            shares: of a direction's members in the mean, [chunk].
+            signs: how many they are.
+        """
+        if inputs.shape.rank == self._inputs.shape.rank:
+            weight = signs * tf.reduce_sum(shares)
+        else:
+            ones = [1] * (inputs.shape.rank - 1)
+            weight = tf.reshape(shares, [-1, *ones])
+        counted = weight * tf.ones_like(inputs[..., :1])
+        if self._mask is not None:
+            counted = counted * self._mask
+        score = tf.math.divide_no_nan(0.5 * counted, variance)
+        return log_variance_sums(
+            tf.reshape(inputs, [-1, inputs.shape[-1]]),
+            tf.reshape(score, [-1, self._units]),
+            self._kernel_variance,
+            self._bias_variance,
+        )
 
     def columns(
         self,

@@ -48,6 +48,16 @@ class Shard:
             return cls(directions, start, 1, counts=False)
         return cls(directions, start, end - start)
 
+    @staticmethod
+    def owners(directions: int, replicas: int) -> list[int]:
+        """The replica that evaluates each direction."""
+        shards = (Shard.make(directions, r, replicas) for r in range(replicas))
+        return [
+            replica
+            for replica, shard in enumerate(shards)
+            for _ in range(shard.size * shard.counts)
+        ]
+
     def take(self, values: tf.Tensor) -> tf.Tensor:
         """This replica's rows of [directions, ...]; zeros if none count."""
         own = values[self.start : self.start + self.size]

@@ -6,7 +6,7 @@ of them after the inner optimizer has moved the mean:
 
     Descent      sigma goes down its own search gradient
     FollowMean   ... and follows the mean: `keras_vo.search.follow_mean`
-    Schedule     sigma is a function of the number of updates
+    Scheduled    sigma is a function of the number of updates
     MaxKL        the step is shrunk to a bound on its KL divergence
 
 References:
@@ -30,6 +30,7 @@ __all__ = [
     "MaxKL",
     "Proposal",
     "Rule",
+    "Scheduled",
     "State",
     "Step",
     "largest_fraction",
@@ -140,6 +141,27 @@ class Descent(Stateless):
     def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
         beta = self.descend(step.gaussian.log_variance, step.direction)
         return proposal._replace(log_variance=beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled(Stateless):
+    """sigma <- schedule(t), where t counts the updates made so far.
+
+    Attributes:
+        schedule: from t, a scalar, to sigma.
+        bounds: of sigma.
+    """
+
+    schedule: Callable[[tf.Tensor], tf.Tensor]
+    bounds: Bounds
+
+    def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
+        beta = step.gaussian.log_variance
+        stddev = tf.cast(self.schedule(step.updates + 1), beta.dtype)
+        scheduled = self.bounds.clip(2.0 * tf.math.log(stddev))
+        return proposal._replace(
+            log_variance=tf.broadcast_to(scheduled, beta.shape)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

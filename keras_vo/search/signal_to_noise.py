@@ -2,8 +2,8 @@
 
 The search gradient is a sum over directions, g = sum_n c_n. Split them at
 random into two halves, whose own estimates of the gradient are g1 and g2, so
-that g = (g1 + g2) / 2. Given what the directions have in common (the batch), both
-are the true gradient and independent noise of one size, so that
+that g = (g1 + g2) / 2. Given what the directions have in common (the batch),
+both are the true gradient and independent noise of one size, so that
 
     E <g1, g2>            = |E g|^2                    the power of the signal
     E |g1 - g2|^2 / 4     = E |g - E g|^2              the power of the noise

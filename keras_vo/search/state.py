@@ -1,0 +1,115 @@
+"""What goes into a step of the search, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from keras_vo.search.chunks import Noise
+from keras_vo.search.credit import Rows, Shaping
+from keras_vo.search.estimators import Direction
+from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.rules import Proposal, Rule, State
+
+__all__ = ["Perturbations", "Report", "SearchState", "Settings"]
+
+
+class Perturbations(Protocol):
+    """How all variables are perturbed: `keras_vo.perturbations.Perturbations`.
+
+    Attributes:
+        noise_size: normals of a direction that perturb weights.
+        activations: tensors of the shapes of a direction's further noise.
+        levels: of the credit that is needed.
+    """
+
+    noise_size: int
+    activations: tuple[tf.Tensor, ...]
+    levels: frozenset[str]
+
+    def activation_bytes(self, signs: int) -> Any: ...
+
+    def sums(
+        self,
+        noise: Noise,
+        records: Any,
+        rows: Mapping[str, Rows],
+    ) -> dict[str, dict[str, tf.Tensor]]:
+        """By kind; of those whose level there are rows of."""
+
+    def totals(self) -> dict[str, dict[str, tf.Tensor]]: ...
+
+    def direction(
+        self,
+        sums: Mapping[str, Mapping[str, tf.Tensor]],
+        counts: Mapping[str, tf.Tensor],
+    ) -> Direction: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What does not change from step to step.
+
+    Attributes:
+        population_size: number N of members.
+        antithetic: whether they come in mirrored pairs.
+        shape: fitness shaping.
+        loss_scaled: whether utilities have the scale of the losses.
+        natural_gradient: whether gradients are preconditioned.
+        rules: what the proposal goes through, in this order.
+        chunk_size: members evaluated at once; `None`: chosen.
+        memory_budget: bytes, see `ChunkPlan`.
+    """
+
+    population_size: int
+    antithetic: bool
+    shape: Shaping
+    loss_scaled: bool
+    natural_gradient: bool
+    rules: Sequence[Rule]
+    chunk_size: int | None
+    memory_budget: int
+
+
+class SearchState(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        gaussian: the search distribution.
+        base_seed: of all noise, a scalar.
+        generation: number of populations before this one, a scalar.
+        updates: number of updates of the mean before this one, a scalar.
+        rules: the state of all rules, by name.
+    """
+
+    gaussian: Gaussian
+    base_seed: tf.Tensor
+    generation: tf.Tensor
+    updates: tf.Tensor
+    rules: State
+
+
+class Report(NamedTuple):
+    """What a step has found, and what it proposes.
+
+    Attributes:
+        losses: of the members [N]; NaN where missing, inf where not finite.
+        utilities: of the members [N].
+        direction: the gradients, as they are stepped down.
+        examples: number of examples of all replicas, a scalar.
+        any_finite: whether any loss is finite. Else the step is none: all
+            that it proposes is to be left.
+        proposal: the next search distribution.
+        rules: the next state of the rules.
+    """
+
+    losses: tf.Tensor
+    utilities: tf.Tensor
+    direction: Direction
+    examples: tf.Tensor
+    any_finite: tf.Tensor
+    proposal: Proposal
+    rules: State

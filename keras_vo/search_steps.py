@@ -1,0 +1,206 @@
+"""The steps of a search over variables.
+
+`SearchSteps` hands the variables' values to `keras_vo.search` as tensors, and
+assigns what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_vo import checks
+from keras_vo.evaluation import graph
+from keras_vo.monitor.observer import observed
+from keras_vo.perturbations.base import Space
+from keras_vo.perturbations.scope import Recording
+from keras_vo.perturbations.together import Perturbations
+from keras_vo.replicas import strategies
+from keras_vo.replicas.communicator import current_replicas
+from keras_vo.search.chunks import NoiseSource
+from keras_vo.search.credit import MEMBER, Generation, Outcomes
+from keras_vo.search.engine import Search, mean_scale
+from keras_vo.search.signal_to_noise import Probe
+from keras_vo.search.state import Report, SearchState
+from keras_vo.search_variables import SearchVariables
+
+__all__ = ["SearchSteps"]
+
+Objective = Callable[[list[tf.Tensor]], Any]
+
+
+class SearchSteps(SearchVariables):
+    """Variables of a search, with the steps that change them.
+
+    Attributes:
+        exchange: how gradients of replicas come together.
+    """
+
+    exchange: str
+
+    def step(
+        self, objective: Objective, variables: Sequence[Any], **kwargs: Any
+    ) -> Generation:
+        """`take_step`, and what it evaluated."""
+        report = self.take_step(objective, list(variables), **kwargs)
+        return Generation.of(report.losses)
+
+    def take_step(
+        self,
+        objective: Objective,
+        variables: list[Any],
+        *,
+        means: Sequence[tf.Tensor] | None = None,
+        recording: Recording | None = None,
+        baseline: tf.Tensor | None = None,
+        example_weights: Any = 1.0,
+        examples: tf.Tensor | None = None,
+        jit_compile: bool = False,
+    ) -> Report:
+        """Evaluates one generation and updates mu and sigma.
+
+        If no member's loss is finite, weights, sigma and the inner optimizer
+        are left as they are; only the next generation's noise is another.
+
+        Args:
+            objective: from a list of weight tensors to a scalar loss, or to a
+                dict of losses by level of credit: `keras_vo.search.credit`.
+            variables: those that the search was built with.
+            means: mu, if it is not what the variables are now.
+            recording: what the layers of `keras_vo.layers` have recorded;
+                `None`: nothing.
+            baseline: the objective's value at mu, for several replicas;
+                `None`: it is evaluated there.
+            example_weights: see `Outcomes`.
+            examples: see `Outcomes`.
+            jit_compile: whether XLA compiles the evaluation of the members.
+        """
+        self._build_outside_of_replicas(variables)
+        self._check_same(variables)
+        recording = recording or Recording(variables)
+        search, perturbations = self._search(
+            variables, means or variables, recording
+        )
+        dtype = self._layout.dtype
+
+        def losses(weights: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+            return checks.checked_losses(objective(weights), dtype)
+
+        if baseline is None and search.communicator.count > 1:
+            baseline = losses(search.state.gaussian.means)[MEMBER]
+
+        def evaluator(source: NoiseSource) -> Outcomes:
+            found = graph.evaluate(
+                perturbations.member(losses), source, jit_compile
+            )
+            return Outcomes(
+                found.losses, example_weights, examples, baseline, found
+            )
+
+        def move_mean(gradient: list[tf.Tensor]) -> list[Any]:
+            self.inner_optimizer.apply(gradient, variables)
+            return variables
+
+        before = [tf.identity(v) for v in self.inner_optimizer.variables]
+        report = search.step(evaluator, move_mean)
+        self._take(search, report, variables, before)
+        if self.observer is not None:
+            self.observer.observe(observed(search, report, variables))
+        with tf.control_dependencies([report.losses]):
+            self.assign_add(self.generations, 1)
+        return report
+
+    def _search(
+        self,
+        variables: list[Any],
+        means: Sequence[Any],
+        recording: Recording,
+    ) -> tuple[Search, Perturbations]:
+        """The search as it is now, and how it perturbs the variables."""
+        state = SearchState(
+            self._gaussian(means),
+            tf.convert_to_tensor(self._seed),
+            tf.convert_to_tensor(self.generations),
+            tf.convert_to_tensor(self.iterations),
+            {k: tf.convert_to_tensor(v) for k, v in self._rule_state.items()},
+        )
+        probe = None
+        if self.observer is not None:
+            scales = self._layout.per_tensor(mean_scale(self._settings, state))
+            probe = Probe(scales, state.generation, self.observer.every)
+        space = Space(
+            state.gaussian,
+            {id(v): i for i, v in enumerate(variables)},
+            self.search_distribution.adapts,
+            probe,
+        )
+        perturbations = Perturbations(recording, space)
+        replicas = current_replicas(self.exchange)
+        return (
+            Search(self._settings, state, perturbations, replicas, probe),
+            perturbations,
+        )
+
+    def _take(
+        self,
+        search: Search,
+        report: Report,
+        variables: list[Any],
+        before: list[tf.Tensor],
+    ) -> None:
+        """Assigns what a step proposes, where any loss was finite.
+
+        Args:
+            search: before the step.
+            report: of the step.
+            variables: mu; the inner optimizer has moved it.
+            before: what the inner optimizer's variables were.
+        """
+        old, proposal = search.state, report.proposal
+        means = self._layout.unflatten(proposal.mean)
+        changes = [
+            *zip(variables, means, old.gaussian.means, strict=True),
+            *(
+                (variable, tf.convert_to_tensor(variable), value)
+                for variable, value in zip(
+                    self.inner_optimizer.variables, before, strict=True
+                )
+            ),
+            (
+                self._log_variance,
+                proposal.log_variance,
+                old.gaussian.log_variance,
+            ),
+            *(
+                (variable, report.rules[name], old.rules[name])
+                for name, variable in self._rule_state.items()
+            ),
+        ]
+        for variable, new, value in changes:
+            self.assign(variable, tf.where(report.any_finite, new, value))
+
+    def _build_outside_of_replicas(self, variables: list[Any]) -> None:
+        if self.built:
+            return
+        checks.check_variables(variables)
+        if strategies.in_replica():
+            raise ValueError(
+                "Expected a VOOptimizer that is built before a strategy runs "
+                "it: call `build(variables)` first. Received: an optimizer "
+                "that is not built, in a replica"
+            )
+        with tf.init_scope():
+            self.build(variables)
+
+    def _check_same(self, variables: list[Any]) -> None:
+        if list(map(id, variables)) != list(map(id, self._trained())):
+            raise ValueError(
+                "Expected the variables this optimizer was built with, "
+                f"{[checks.variable_name(v) for v in self._trained()]}. "
+                f"Received: {[checks.variable_name(v) for v in variables]}. "
+                "After a "
+                "change of what is trainable, compile the model with a new "
+                "VOOptimizer."
+            )
