@@ -4,12 +4,11 @@
     python tests/golden.py --compare [name ...]    # this code against it
 
 Without names: those that are not extra, in about a minute; with the name
-"all", all of them.
+"all", all of them. pytest runs a few of them.
 
 They hold a change that is to change nothing to it, bit by bit on one machine.
-Only the public interface is used. A name that ends in "-will-change" marks
-what is to change on purpose: what each replica does with its shard of the
-batch, and layers with a state of their own.
+Only the public interface is used. Where a change of the numbers is meant, the
+commit that stores them says why.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Config:
         tolerance: largest difference to what is stored, in parts of the
             largest entry of an array, on any machine.
         exact: whether two runs on one machine agree bit by bit.
-        extra: whether it only runs if it is asked for; slow in pytest.
+        extra: whether it only runs if it is asked for.
     """
 
     run: Callable[[], Arrays]
@@ -686,9 +685,9 @@ model(
 )
 # The ratio of signal to noise is measured in one of eight steps.
 model("monitored-mixed", mixed, monitored=True, steps=9, **EXTRA)
-model("dropout-will-change", dropout)
+model("dropout", dropout)
 model(
-    "stateful-rnn-will-change",
+    "stateful-rnn",
     stateful,
     sequences,
     build=stateful_model,
@@ -785,30 +784,30 @@ model("replicas2-monitored", replicas=2, monitored=True, **EXTRA)
 
 # Replicas that share a batch.
 SHARDED = {"replicas": 2, "sharded": True}
-model("sharded2-full-fitness-will-change", exchange="fitness", **SHARDED)
+model("sharded2-full-fitness", exchange="fitness", **SHARDED)
 model(
-    "sharded2-full-gradient-will-change",
+    "sharded2-full-gradient",
     exchange="gradient",
     **SHARDED,
     **EXTRA,
 )
-model("sharded2-local-will-change", local, **SHARDED, **EXTRA)
+model("sharded2-local", local, **SHARDED, **EXTRA)
 model(
-    "sharded2-mixed-will-change",
+    "sharded2-mixed",
     mixed,
     exchange="fitness",
     **SHARDED,
     **EXTRA,
 )
 model(
-    "sharded2-sample-weight-will-change",
+    "sharded2-sample-weight",
     local_normalized,
     weighted,
     **SHARDED,
     **EXTRA,
 )
 model(
-    "sharded3-empty-will-change",
+    "sharded3-empty",
     replicas=3,
     sharded=True,
     batch_size=2,
@@ -848,6 +847,12 @@ def stored(name: str, path: pathlib.Path = PATH) -> Arrays:
             for key in file.files
             if key.startswith(prefix)
         }
+
+
+def stored_names(path: pathlib.Path = PATH) -> set[str]:
+    """Of what is stored."""
+    with np.load(path) as file:
+        return {key.split("/")[0] for key in file.files}
 
 
 def bit_equal(one: np.ndarray, other: np.ndarray) -> bool:

@@ -1,16 +1,34 @@
-"""Trajectories of the search are those that were stored."""
+"""Trajectories of the search are those that were stored: a few of them.
+
+All: `python tests/golden.py --compare all`.
+"""
 
 import golden
 import pytest
 
+NAMES = [
+    "full-separable",
+    "full-max-kl",
+    "low-rank1-layerwise",
+    "local-layerwise",
+    "local-masked",
+    "mixed-separable-max-kl",
+    "follow-mean-isotropic-max-kl",
+    "defaults-784-16-10",
+    "mixed-redrawn-eager",
+    "class-weight",
+    "inner-adamw",
+    "float64-mixed",
+    "dropout",
+    "minimize-float64-chunks",
+    "minimize-all-nonfinite",
+    "replicas3-minimize-gradient-float64",
+    "replicas3-full-fitness-redrawn",
+    "sharded2-full-fitness",
+]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if config.extra else [])
-        for name, config in golden.CONFIGS.items()
-    ],
-)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_trajectory(name):
     expected = golden.stored(name)
     assert expected, "not stored: python tests/golden.py --store"
@@ -18,3 +36,7 @@ def test_trajectory(name):
     assert max(found.values(), default=0.0) <= (
         golden.CONFIGS[name].tolerance
     ), found
+
+
+def test_all_are_stored_and_nothing_else():
+    assert golden.stored_names() == set(golden.CONFIGS)
