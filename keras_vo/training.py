@@ -1,7 +1,6 @@
 """A training step of Keras models that is one of variational optimization.
 
-`VOTrainStep` replaces `train_step` and nothing else that a user of
-`compile`, `fit`, callbacks, saving and export sees.
+`VOTrainStep` replaces `train_step` and nothing else that a user sees.
 """
 
 from __future__ import annotations
