@@ -40,12 +40,10 @@ class RunningMean(keras.layers.Layer):
 
 STATEFUL = {
     "SimpleRNN": lambda: [keras.layers.SimpleRNN(4, stateful=True)],
-    "GRU": lambda: [keras.layers.GRU(4, stateful=True)],
     "LSTM": lambda: [keras.layers.LSTM(4, stateful=True)],
     "counter": lambda: [Counter(), keras.layers.Flatten()],
     "running mean": lambda: [RunningMean(), keras.layers.Flatten()],
     "dropout": lambda: [keras.layers.Flatten(), keras.layers.Dropout(0.5)],
-    "noise": lambda: [keras.layers.Flatten(), keras.layers.GaussianNoise(1.0)],
     "SpectralNormalization": lambda: [
         keras.layers.Flatten(),
         keras.layers.SpectralNormalization(keras.layers.Dense(4)),

@@ -169,8 +169,10 @@ def test_the_weights_file_of_a_plain_model(tmp_path):
     train(model)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-@pytest.mark.parametrize("structure", ["layerwise", "separable"])
+@pytest.mark.parametrize(
+    "policy, structure",
+    [("float32", "separable"), ("mixed_float16", "layerwise")],
+)
 def test_the_search_is_restored_bit_by_bit(policy, structure, tmp_path):
     """Also where a LossScaleOptimizer is around it, or is not any more."""
     keras.config.set_dtype_policy(policy)
@@ -353,10 +355,12 @@ class Imperative(keras_vo.VOModel):
         return self.out(self.hidden(inputs))
 
 
-@pytest.mark.parametrize("cls", [Mixed, Imperative])
 @pytest.mark.parametrize(
-    "dense, kind",
-    [("local_reparam", LocalReparamDense), ("low_rank", LowRankDense)],
+    "cls, dense, kind",
+    [
+        (Mixed, "local_reparam", LocalReparamDense),
+        (Imperative, "low_rank", LowRankDense),
+    ],
 )
 def test_converted_layers_of_subclasses_stay_so(cls, dense, kind, tmp_path):
     model = keras_vo.make_variational(compiled(cls()), dense)

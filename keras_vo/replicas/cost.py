@@ -1,17 +1,17 @@
-"""What replicas exchange in a step, and which way is cheaper.
+"""What replicas communicate in a step, and which way is cheaper.
 
-Two ways to the same gradient, of d weights and D draws on R replicas:
+Two ways to the same gradient, of d weights and D directions on R replicas:
 
-    fitness    the N losses are exchanged; every replica draws the noise of
-               all draws again and sums the gradient itself
-    gradient   the losses are exchanged; each replica sums the gradient over
-               its own draws, and these sums are all-reduced
+    fitness    the N losses are communicated; every replica draws the noise of
+               all directions again and sums the gradient itself
+    gradient   the losses are communicated; each replica sums the gradient over
+               its own directions, and these sums are all-reduced
 
 A step takes, in seconds, with the fields of `CostModel` as rates,
 
     overhead                                    what does not depend on D
     + (N / R) d (1 / perturbed + |B| / evaluation)      members
-    + (D / R) d / normals                       the noise of own draws
+    + (D / R) d / normals                       the noise of own directions
     + message(N)                                the losses
     + D d / normals + D d / sums                fitness: reconstruction
     or (D / R) d / sums + message(d)            gradient
@@ -74,8 +74,8 @@ class CostModel:
 
         Args:
             exchange: "fitness" or "gradient".
-            draws: number of draws D of the population.
-            noise_size: normals of a draw.
+            draws: number of directions D of the population.
+            noise_size: normals of a direction.
             numbers: how many numbers the gradients have.
             replicas: R.
         """
@@ -111,7 +111,7 @@ class CostModel:
             weights: d.
             batch_size: examples of each replica.
             replicas: R.
-            antithetic: whether a draw serves two members.
+            antithetic: whether a direction serves two members.
         """
         draws = population_size // (2 if antithetic else 1)
         members = population_size / replicas * weights
