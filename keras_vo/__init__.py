@@ -1,5 +1,6 @@
 """Train Keras models by variational optimization, from forward passes only."""
 
+# First: it checks Keras and its backend before anything else needs them.
 from keras_vo import keras_compat as _first  # noqa: F401  # isort: skip
 from keras_vo import (
     callbacks,

@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 from keras_vo import fitness_shaping
+from keras_vo.replicas.communicator import Replicas
 from keras_vo.search import credit
-from keras_vo.search.communicator import Alone
 from keras_vo.search.members import Shard
 
 
@@ -62,7 +62,9 @@ def test_placed_losses_add_up_to_all(replicas):
             ),
             lambda values: tf.where(tf.math.is_inf(values), 100.0, values),
             shard,
-            Replica(replica, replicas, messages) if replicas > 1 else Alone(),
+            Replica(replica, replicas, messages)
+            if replicas > 1
+            else Replicas(),
         )
     want = np.where(np.isnan(losses), np.inf, losses)
     np.testing.assert_array_equal(np.isnan(pooled.losses), missing)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
-__all__ = ["Alone", "Communicator"]
+__all__ = ["Communicator"]
 
 
 class Communicator(Protocol):
@@ -42,18 +42,3 @@ class Communicator(Protocol):
             noise_size: normals of a direction.
             gradient_size: numbers of the gradient.
         """
-
-
-class Alone:
-    """The only replica."""
-
-    index = 0
-    count = 1
-
-    def sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        return list(tensors)
-
-    def reconstructs(
-        self, directions: int, noise_size: int, gradient_size: int
-    ) -> bool:
-        return False

@@ -45,10 +45,6 @@ Shaping = Callable[[tf.Tensor], tf.Tensor]
 class Evaluated(Protocol):
     """An evaluation that can be gone through once more, by chunks."""
 
-    @property
-    def source(self) -> NoiseSource:
-        """The noise, kept if its plan says so."""
-
     def reduce(
         self,
         function: Callable[[Noise, Any, list[tf.Tensor]], Any],
@@ -76,7 +72,7 @@ class Outcomes(NamedTuple):
             members it has evaluated are missing. `None`: not a matter of
             examples.
         baseline: the loss of the mean on this replica's shard of the batch, a
-            scalar; `None`: there is one replica.
+            scalar; `None`: the members' mean loss takes its place.
         evaluated: the evaluation; `None`: the noise is to be drawn again.
     """
 
