@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "Functional",
     "TrainerHooks",
+    "build_metrics",
     "compiled_losses_replaced",
     "initial_epoch",
     "keeps_mask",
@@ -52,6 +53,7 @@ except ImportError as error:  # of a backend that keras.json names, say
 
 _check_backend(keras.backend.backend())
 
+from keras.src.backend.tensorflow import trainer as _tf_trainer  # noqa: E402
 from keras.src.losses import loss as _loss_module  # noqa: E402
 
 # Keras does not export the class that functional models are instances of.
@@ -81,9 +83,11 @@ def _check_names() -> None:
         for name in names
         if not hasattr(owner, name)
     ]
+    missing += assigns(_tf_trainer.TFEpochIterator, "_distributed_dataset")
     missing += assigns(
         _trainer_module.Trainer,
         "_compile_loss",
+        "_compile_metrics",
         "_loss_tracker",
         "_initial_epoch",
     )
@@ -133,6 +137,38 @@ class TrainerHooks(_Model):
 def layers_of(model: Any) -> list[Any]:
     """The model itself and all layers in it, those inside of layers too."""
     return list(model._flatten_layers())
+
+
+def build_metrics(model: Any, iterator: Any, data_batch: Any) -> None:
+    """Builds compiled metrics, if the shapes of their arguments are known.
+
+    They are for functional models of one output, whose `call` and
+    `compute_metrics` are Keras's own.
+
+    Args:
+        model: a compiled Keras model.
+        iterator: of `fit`, with the data's specification.
+        data_batch: if there is no iterator, a batch: (x, y, sample_weight).
+    """
+    metrics = model._compile_metrics
+    outputs = getattr(model, "outputs", None) or []
+    cls = type(model)
+    if (
+        metrics is None
+        or metrics.built
+        or len(outputs) != 1
+        or cls.call not in (Functional.call, keras.Sequential.call)
+        or cls.compute_metrics is not keras.Model.compute_metrics
+    ):
+        return
+    if iterator is not None:
+        dataset = iterator._distributed_dataset
+        data_batch = getattr(dataset, "element_spec", None)
+    _, y, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
+    shape = getattr(y, "shape", None)
+    if shape is not None and getattr(shape, "rank", 0) is not None:
+        y = keras.KerasTensor(shape, keras.backend.standardize_dtype(y.dtype))
+        metrics.build(y, outputs[0])
 
 
 def loss_tracker(model: Any) -> Any:

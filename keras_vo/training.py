@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +14,26 @@ import tensorflow as tf
 
 from keras_vo import checks, layer_state
 from keras_vo.evaluation import per_example
-from keras_vo.keras_compat import loss_tracker, undivided_losses
-from keras_vo.layers import as_dense, convert_dense
+from keras_vo.keras_compat import (
+    build_metrics,
+    layers_of,
+    loss_tracker,
+    undivided_losses,
+)
+from keras_vo.model_files import ModelFiles
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.perturbations.scope import Recording, entered
 from keras_vo.perturbations.together import check_batch, levels
 from keras_vo.population_metrics import PopulationMetrics
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
-from keras_vo.replicas.model import ReplicatedModel, with_callback
+from keras_vo.replicas.model import with_callback
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation
 
 __all__ = ["VOTrainStep"]
 
-_DENSE = "keras_vo_dense"
 
-
-class VOTrainStep(ReplicatedModel):
+class VOTrainStep(ModelFiles):
     """Mixin that trains a Keras model with a `VOOptimizer`.
 
     Put it before the Keras class:
@@ -57,7 +59,6 @@ class VOTrainStep(ReplicatedModel):
 
     jit_compile: bool  # Keras's property
     _by_example = False
-    _dense: str | None = None  # what `make_variational(dense=)` has made
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step: metrics of the mean network, then a generation.
@@ -199,80 +200,28 @@ class VOTrainStep(ReplicatedModel):
         population = {m.name for m in self._population_metrics.as_list()}
         return {k: v for k, v in logs.items() if k not in population}
 
+    def build_from_data(
+        self, build: Callable[..., None], iterator: Any, data_batch: Any
+    ) -> None:
+        """As in Keras, and metrics: a step that makes some is traced twice."""
+        super().build_from_data(build, iterator, data_batch)
+        build_metrics(self, iterator, data_batch)
+
     def make_train_function(self, force: bool = False) -> Any:
         """As in Keras, but XLA compiles the evaluation of members only.
 
         The same seed gives other normals under XLA, and whether "auto" means
-        XLA depends on the machine.
+        XLA depends on the machine. What the optimizer creates is there before
+        the step is traced, or it would be traced twice.
         """
+        if all(layer.built for layer in layers_of(self)):
+            self.build_optimizer()
         jit_compile = self.jit_compile
         self.jit_compile = False
         try:
             return super().make_train_function(force)
         finally:
             self.jit_compile = jit_compile
-
-    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Keras, under the names that layers of Dense would have.
-
-        A `.weights.h5` file names each layer by its class.
-        """
-        self._introduce()
-        with as_dense(self):
-            super().save_weights(filepath, *args, **kwargs)
-
-    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Keras, but never leaves out the state of the search.
-
-        Keras skips an optimizer that is not built yet. The layers of
-        `keras_vo.layers` load `.weights.h5` files of Dense, and their own.
-        """
-        if (
-            self.compiled
-            and self.built
-            and find_vo_optimizer(self.optimizer)
-            and not self.optimizer.built
-        ):
-            self.optimizer.build(self.trainable_variables)
-        self._introduce()
-        whole_model = str(filepath).endswith(".keras")
-        with contextlib.nullcontext() if whole_model else as_dense(self):
-            super().load_weights(filepath, *args, **kwargs)
-
-    def compile_from_config(self, config: Any) -> None:
-        """As in Keras."""
-        super().compile_from_config(config)
-        self._introduce()
-
-    def save(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras."""
-        self._introduce()
-        return super().save(*args, **kwargs)
-
-    def _introduce(self) -> None:
-        """Tells the optimizer, if there is one, what it trains."""
-        optimizer = find_vo_optimizer(getattr(self, "optimizer", None))
-        if optimizer is not None:
-            optimizer.belong_to(self)
-
-    def get_build_config(self) -> Any:
-        """As in Keras; with what has become of Dense layers.
-
-        What a model's constructor makes is Dense again when it is loaded.
-        """
-        config = super().get_build_config()
-        if config is None or self._dense is None:
-            return config
-        return {**config, _DENSE: self._dense}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        """As in Keras."""
-        config = dict(config)
-        dense = config.pop(_DENSE, None)
-        super().build_from_config(config)
-        if dense is not None:
-            convert_dense(self, dense)
-            self._dense = dense
 
     @property
     def losses(self) -> list[Any]:

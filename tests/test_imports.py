@@ -34,6 +34,7 @@ ROOMS = {
     "search_variables": None,
     "search_steps": None,
     "optimizer": None,
+    "model_files": None,
     "training": None,
     "models": None,
     "callbacks": None,
@@ -43,6 +44,8 @@ ROOMS = {
 PRIVATE = {
     "_all_reduce_sum_gradients",
     "_compile_loss",
+    "_compile_metrics",
+    "_distributed_dataset",
     "_flat_losses",
     "_flatten_layers",
     "_initial_epoch",

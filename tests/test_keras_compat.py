@@ -127,11 +127,19 @@ def test_a_missing_function(name, monkeypatch):
 
 
 class Trainer:
-    """It names two of its attributes otherwise."""
+    """It names three of its attributes otherwise."""
 
     def __init__(self):
         self._loss_of_compile = self._loss_metric = None
+        self._metrics_of_compile = None
         self._initial_epoch = None
+
+
+class TFEpochIterator:
+    """It names its data otherwise."""
+
+    def __init__(self):
+        self._dataset = None
 
 
 class CompileLoss:
@@ -144,7 +152,12 @@ class CompileLoss:
 @pytest.mark.parametrize(
     "module, cls, names",
     [
-        ("_trainer_module", Trainer, ["_compile_loss", "_loss_tracker"]),
+        (
+            "_trainer_module",
+            Trainer,
+            ["_compile_loss", "_compile_metrics", "_loss_tracker"],
+        ),
+        ("_tf_trainer", TFEpochIterator, ["_distributed_dataset"]),
         ("_compile_utils", CompileLoss, ["_flat_losses"]),
     ],
 )

@@ -149,7 +149,8 @@ class WeightLayout:
         the tensor.
         """
         if self.groups is not None:
-            return [values[group] for group in self.groups]
+            by_group = tf.unstack(values, self.num_groups)
+            return [by_group[group] for group in self.groups]
         return [
             tf.reshape(part, shape)
             for part, shape in zip(self.split(values), self.shapes, strict=True)
@@ -187,7 +188,11 @@ class WeightLayout:
         """
         if not self.groups or self.num_groups == 1:
             return values
-        return tf.repeat(tf.gather(values, self.groups), self.sizes)
+        by_group = tf.unstack(values, self.num_groups)
+        runs = zip(self.groups, self.sizes, strict=True)
+        return tf.concat(
+            [tf.fill([size], by_group[group]) for group, size in runs], axis=0
+        )
 
     def group_sums(self, vectors: tf.Tensor) -> tf.Tensor:
         """Sums [n, d] over the weights of each group: [n, groups]."""
