@@ -54,7 +54,7 @@ def estimate(noise, utilities, stddev, layout, antithetic, natural):
         grad_beta = estimators.natural_log_variance_gradient(
             grad_beta, sizes(layout) / 2
         )
-    return grad.numpy(), grad_beta.numpy()
+    return grad, grad_beta
 
 
 @pytest.mark.parametrize("structure", GROUPS)
@@ -92,23 +92,23 @@ def replicate(f, structure, antithetic, repeats, draws=8, seed=0):
     layout = make_layout(structure)
     mu = np.linspace(-1.0, 1.0, 9)
     shape = fitness_shaping.get("identity", antithetic)
+    stddev = tf.constant([0.5], tf.float64)
+
+    @tf.function
+    def gradients(noise, losses):
+        return tf.concat(
+            estimate(
+                noise, shape(losses), stddev, layout, antithetic, natural=False
+            ),
+            axis=0,
+        )
+
     estimates = []
     for _ in range(repeats):
         noise = rng.normal(size=(draws, 9))
         z = reference.members(noise, antithetic)
         losses = tf.constant([f(mu + 0.5 * row) for row in z])
-        estimates.append(
-            np.concatenate(
-                estimate(
-                    tf.constant(noise),
-                    shape(losses),
-                    tf.constant([0.5], tf.float64),
-                    layout,
-                    antithetic,
-                    natural=False,
-                )
-            )
-        )
+        estimates.append(gradients(tf.constant(noise), losses))
     return mu, np.array(estimates)
 
 

@@ -48,7 +48,7 @@ def test_readme_code_runs(tmp_path):
     short = [
         block.replace("=200", "=2")
         .replace("1000", "100")
-        .replace("=50", "=30")
+        .replace("=50", "=15")
         .replace("=20)", "=5)")
         for block in blocks
     ]
@@ -63,7 +63,7 @@ def test_readme_code_runs(tmp_path):
     codes = [
         "\n".join([short[0], *checks]),
         short[1] + "\nassert mean_loss < 10, mean_loss",
-        short[2] + "\nassert model.evaluate(x, y)[1] > 0.95",
+        short[2] + "\nassert model.evaluate(x, y)[1] > 0.9",
         short[3] + "\nassert model.evaluate(x, y)[1] > 0.3",
         short[4] + "\nassert len(monitor.history['kl']) == 100",
     ]

@@ -82,9 +82,8 @@ def low_rank_model(loss, rank, units=OUT, inputs=IN, **kwargs):
 @pytest.mark.parametrize(
     "rank, variance, antithetic",
     [
-        (1, "layerwise", False),
         (1, "separable", True),
-        (4, "isotropic", True),
+        (4, "isotropic", False),
     ],
 )
 def test_unbiased(rank, variance, antithetic):
@@ -94,7 +93,7 @@ def test_unbiased(rank, variance, antithetic):
     weight's own estimate is the mean of its row and of its column (A^2 does
     not differ between columns: the projection changes nothing). 60 steps of
     1024 members. A Student-t with 59 degrees of freedom is beyond 5 with a
-    probability of 6e-6: of 3 tests of 16 numbers, 3e-4.
+    probability of 6e-6: of 2 tests of 16 numbers, 2e-4.
     """
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(BATCH, IN)), rng.normal(size=(BATCH, OUT))

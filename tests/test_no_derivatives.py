@@ -33,13 +33,12 @@ def test_the_probe_raises_under_backpropagation():
         model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0)
 
 
-@pytest.mark.parametrize("option", [{}, {"jit_compile": True}])
 @pytest.mark.parametrize(
-    "dense",
+    "dense, option",
     [
-        keras.layers.Dense,
-        keras_vo.layers.LocalReparamDense,
-        keras_vo.layers.LowRankDense,
+        (keras.layers.Dense, {"jit_compile": True}),
+        (keras_vo.layers.LocalReparamDense, {"jit_compile": True}),
+        (keras_vo.layers.LowRankDense, {}),
     ],
 )
 def test_a_layer_and_a_loss_whose_gradients_raise(dense, option, monkeypatch):

@@ -185,7 +185,9 @@ SERVE = """
 import sys
 import numpy as np
 import tensorflow as tf
-for folder, data in zip(sys.argv[1::2], sys.argv[2::2]):
+end = sys.argv.index("resume")
+served, resumed = sys.argv[1:end], sys.argv[end + 1:]
+for folder, data in zip(served[::2], served[1::2]):
     x, want = np.load(data).values()
     model = tf.saved_model.load(folder)
     got = model.serve(x)
@@ -194,7 +196,6 @@ assert not any(name.startswith("keras_vo") for name in sys.modules)
 """
 
 RESUME = """
-import sys
 sys.path.insert(0, "tests")
 import keras
 import models
@@ -213,7 +214,7 @@ class Subclassed(keras.Model):
     def get_config(self):
         return {"units": self.units, "name": self.name}
 
-for path, want in zip(sys.argv[1::2], sys.argv[2::2]):
+for path, want in zip(resumed[::2], resumed[1::2]):
     model = keras.models.load_model(path)
     assert isinstance(model, keras_vo.VOTrainStep), type(model)
     models.fit(model)
@@ -222,7 +223,7 @@ for path, want in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 @pytest.mark.slow
-def test_other_processes_serve_and_resume(tmp_path):
+def test_another_process_serves_and_resumes(tmp_path):
     x, _ = models.make_data()
     own = keras_vo.make_variational(Subclassed(6))
     own(x)
@@ -257,8 +258,7 @@ def test_other_processes_serve_and_resume(tmp_path):
         want = tmp_path / f"{name}.npy"
         np.save(want, models.weights(model))
         resumed += [tmp_path / f"{name}.keras", want]
-    run(SERVE, *served)
-    run(RESUME, *resumed)
+    run(SERVE + RESUME, *served, "resume", *resumed)
 
 
 DETERMINISM = """

@@ -398,8 +398,7 @@ def test_squares_of_full_noise(size):
 @pytest.mark.parametrize(
     ("kind", "variance"),
     [
-        ("full", "fixed"),
-        ("low_rank", "layerwise"),
+        ("low_rank", "fixed"),
         ("local", "separable"),
     ],
 )
