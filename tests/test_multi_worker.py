@@ -1,15 +1,14 @@
 """Two worker processes under MultiWorkerMirroredStrategy.
 
-They fail here if Keras changes what `replicated_model.py` overrides: its own
+They fail here if Keras changes what `replicas/model.py` overrides: its own
 `fit` does not work under this strategy.
 """
 
 import csv
 import json
+import multiprocessing
 import os
-import pathlib
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,8 +22,6 @@ import worker as worker_program
 from keras_vo.replicas import cluster as cluster_lib
 from keras_vo.replicas import workers
 
-PROGRAM = pathlib.Path(__file__).with_name("worker.py")
-
 
 def free_addresses(count):
     servers = [socket.create_server(("localhost", 0)) for _ in range(count)]
@@ -34,33 +31,48 @@ def free_addresses(count):
     return addresses
 
 
-def run(*options, timeout=240):
+PROCESSES = multiprocessing.get_context("forkserver")
+# One process imports TensorFlow, of which the others are made.
+PROCESSES.set_forkserver_preload(["keras_vo"])
+
+
+def work(options, environment, output):
+    """What a process does; all that it prints goes to the file `output`."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    worker_program.main(worker_program.OPTIONS | options)
+
+
+def run(folder, *options, timeout=240):
     """One process for each dict of options: return codes and outputs."""
     addresses = free_addresses(len(options))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), json.dumps(own)],
-            env=os.environ
-            | {
-                "TF_CONFIG": json.dumps(
-                    {
-                        "cluster": {"worker": addresses},
-                        "task": {"type": "worker", "index": index},
-                    }
-                )
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    outputs = [folder / f"output{index}" for index in range(len(options))]
+    processes = []
+    for index, (own, output) in enumerate(zip(options, outputs, strict=True)):
+        config = {
+            "cluster": {"worker": addresses},
+            "task": {"type": "worker", "index": index},
+        }
+        environment = {"TF_CONFIG": json.dumps(config)}
+        processes.append(
+            PROCESSES.Process(target=work, args=(own, environment, output))
         )
-        for index, own in enumerate(options)
-    ]
+    end = time.monotonic() + timeout
     try:
-        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+            assert process.exitcode is not None, f"still there: {outputs}"
     finally:
         for process in processes:
             process.kill()
-    return [p.returncode for p in processes], outputs
+    return (
+        [process.exitcode for process in processes],
+        [output.read_text() for output in outputs],
+    )
 
 
 def results(path):
@@ -93,7 +105,7 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
 
     def two(name, **changes):
         own = options | {"result": str(tmp_path / f"{name}{{}}.npz")} | changes
-        return run(own, own)
+        return run(tmp_path, own, own)
 
     began = time.monotonic()
     codes, outputs = two("killed", kill=[1, 7])
@@ -139,7 +151,7 @@ def test_shards_and_gradients_across_processes(tmp_path):
         "monitor": str(tmp_path / "search{}.csv"),
         "result": str(tmp_path / "{}.npz"),
     }
-    codes, outputs = run(options, options)
+    codes, outputs = run(tmp_path, options, options)
     assert codes == [0, 0], outputs
     first, second = (results(tmp_path / f"{i}.npz") for i in range(2))
     assert_all_equal(first, second)
@@ -162,13 +174,13 @@ def test_shards_and_gradients_across_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_differ_are_told_in_what():
+def test_workers_that_differ_are_told_in_what(tmp_path):
     same = {"fit": {"epochs": 1}}
     other = {
         "fit": {"epochs": 2},
         "optimizer": {"seed": 4, "population_size": 14},
     }
-    codes, outputs = run(same, other)
+    codes, outputs = run(tmp_path, same, other)
     assert codes == [1, 1]
     for output in outputs:
         message = output.splitlines()[-1]
@@ -178,9 +190,9 @@ def test_workers_that_differ_are_told_in_what():
 
 
 @pytest.mark.slow
-def test_models_of_other_shapes_do_not_hang():
+def test_models_of_other_shapes_do_not_hang(tmp_path):
     """TensorFlow itself finds out, when the weights are made."""
-    codes, outputs = run({}, {"units": [7]})
+    codes, outputs = run(tmp_path, {}, {"units": [7]})
     assert codes == [1, 1]
     assert "task:1" in outputs[1]
     assert "expected shape [4,7]" in outputs[1]
@@ -250,7 +262,7 @@ def test_workers_of_different_clusters():
 
 def test_two_processes_that_are_the_same_worker():
     first, second, _ = clusters(3)
-    errors = meet(first, second, second, timeout=5.0)
+    errors = meet(first, second, second, timeout=1.5)
     assert "two processes that are worker 1" in str(errors[0])
 
 
