@@ -32,6 +32,8 @@ __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
+# TensorFlow's names for what calls functions of its users.
+_autograph = tf.__internal__.autograph
 _PLAIN_MODEL = (
     "VOOptimizer evaluates a population of perturbed models, which the "
     "training step of a plain Keras model cannot do. Expected one of: a model "
@@ -171,6 +173,7 @@ class VOOptimizer(SearchSteps):
         Called eagerly, it calls `objective` once a member with concrete
         values, so that it may be any Python code. Called in a `tf.function`,
         it is compiled and vectorized over the population, which is fast.
+        AutoGraph converts `objective` there, unless `autograph=False`.
 
         If the optimizer is made under `strategy.scope()`, each replica
         evaluates its shard of the population, whether this is called in or
@@ -193,7 +196,16 @@ class VOOptimizer(SearchSteps):
             ValueError: no variables, others than before, or an objective
                 whose value is not a scalar.
         """
-        variables = list(variables)
+        if not tf.executing_eagerly():
+            context = _autograph.control_status_ctx()
+            objective = _autograph.tf_convert(objective, context)
+        return self._minimize(objective, list(variables))
+
+    # AutoGraph has nothing to convert here, and would need five seconds.
+    @tf.autograph.experimental.do_not_convert
+    def _minimize(
+        self, objective: Objective, variables: list[Any]
+    ) -> tf.Tensor:
         with strategies.entered(self._strategy):
             self._build_outside_of_replicas(variables)
             # Called outside of replicas, the objective is one and the same for

@@ -60,6 +60,7 @@ class VOTrainStep(ModelFiles):
     jit_compile: bool  # Keras's property
     _by_example = False
 
+    @tf.autograph.experimental.do_not_convert  # as in Keras's `fit`
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step: metrics of the mean network, then a generation.
 
