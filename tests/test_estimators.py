@@ -94,7 +94,7 @@ def replicate(f, structure, antithetic, repeats, draws=8, seed=0):
     shape = fitness_shaping.get("identity", antithetic)
     stddev = tf.constant([0.5], tf.float64)
 
-    @tf.function
+    @tf.function(autograph=False)
     def gradients(noise, losses):
         return tf.concat(
             estimate(

@@ -60,7 +60,7 @@ def test_losses_and_sums_do_not_depend_on_chunks(case):
         losses = found.losses[MEMBER]
         return losses, found.reduce(weighted, [losses[:directions]])[0]
 
-    losses, total = (tf.function(run) if graph else run)()
+    losses, total = (tf.function(run, autograph=False) if graph else run)()
     z = drawn(directions)
     want = cubes(z, signs)
     np.testing.assert_allclose(losses, want, rtol=1e-5)
@@ -112,7 +112,9 @@ def test_a_table_of_several_generations(graph, keep, chunk):
         ]
         return losses, sums, perturbed
 
-    losses, sums, perturbed = (tf.function(run) if graph else run)()
+    losses, sums, perturbed = (
+        tf.function(run, autograph=False) if graph else run
+    )()
     z = np.concatenate(
         [models.draw_noise(1, t, [i], (D,), tf.float32) for t, i in rows]
     )
@@ -167,7 +169,7 @@ LOSSES = {
 def test_ops_with_and_without_a_vectorized_form(name, jit_compile):
     loss, value = LOSSES[name]
 
-    @tf.function
+    @tf.function(autograph=False)
     def run():
         return evaluate(
             lambda noise, _: (
@@ -186,7 +188,7 @@ def test_the_objectives_own_error_is_raised():
     def broken(noise, sign):
         raise ValueError("my objective is broken")
 
-    @tf.function
+    @tf.function(autograph=False)
     def run():
         return evaluate(broken, make_source(4, 4, True)).losses
 
