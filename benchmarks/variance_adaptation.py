@@ -1,10 +1,10 @@
 """Does an adapted variance find its way from every initial sigma?
 
 Every variance structure of the search distribution, as it adapts by default
-(`keras_vo/search/follow_mean.py`), from initial sigmas that are far too small, right,
-and far too large; beside it the same sigmas held fixed. Each run is a process
-of its own and one JSON line, with the largest gradient norm over its median
-and the range of sigma.
+(`keras_vo/search/follow_mean.py`), from initial sigmas that are far too small,
+right, and far too large; beside it the same sigmas held fixed. Each run is a
+process of its own and one JSON line, with the largest gradient norm over its
+median and the range of sigma.
 
     digits   MLP 64-64-10, |B| = 64, 2000 steps, cosine decay of the rate
     local    MNIST MLP 784-128-10 of LocalReparamDense layers, N = 16,

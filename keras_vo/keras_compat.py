@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
@@ -139,26 +139,39 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers())
 
 
-def build_metrics(model: Any, iterator: Any, data_batch: Any) -> None:
+def build_metrics(
+    model: Any,
+    iterator: Any,
+    data_batch: Any,
+    steps: Mapping[str, tuple[Any, ...]],
+) -> None:
     """Builds compiled metrics, if the shapes of their arguments are known.
 
     They are for functional models of one output, whose `call` and
-    `compute_metrics` are Keras's own.
+    `compute_metrics` are Keras's own, and if no other step than `steps` gives
+    them other labels than the data's.
 
     Args:
         model: a compiled Keras model.
         iterator: of `fit`, with the data's specification.
         data_batch: if there is no iterator, a batch: (x, y, sample_weight).
+        steps: the functions that may be the model's methods, by name.
     """
     metrics = model._compile_metrics
     outputs = getattr(model, "outputs", None) or []
-    cls = type(model)
+    functions = {
+        "call": (Functional.call, keras.Sequential.call),
+        "compute_metrics": (keras.Model.compute_metrics,),
+        **steps,
+    }
     if (
         metrics is None
         or metrics.built
         or len(outputs) != 1
-        or cls.call not in (Functional.call, keras.Sequential.call)
-        or cls.compute_metrics is not keras.Model.compute_metrics
+        or any(
+            getattr(getattr(model, name), "__func__", None) not in own
+            for name, own in functions.items()
+        )
     ):
         return
     if iterator is not None:
@@ -166,8 +179,11 @@ def build_metrics(model: Any, iterator: Any, data_batch: Any) -> None:
         data_batch = getattr(dataset, "element_spec", None)
     _, y, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
     shape = getattr(y, "shape", None)
-    if shape is not None and getattr(shape, "rank", 0) is not None:
-        y = keras.KerasTensor(shape, keras.backend.standardize_dtype(y.dtype))
+    if shape is None or getattr(shape, "rank", 0) is None:
+        return
+    # Which accuracy is meant depends on ranks and last axes, on no type.
+    y, axes = keras.KerasTensor(shape), (*shape[1:], *outputs[0].shape[-1:])
+    if None not in axes:
         metrics.build(y, outputs[0])
 
 

@@ -22,6 +22,7 @@ from keras_vo import checks
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
+from keras_vo.autograph import as_around
 from keras_vo.replicas import cost, strategies
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL
@@ -32,8 +33,6 @@ __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
-# TensorFlow's names for what calls functions of its users.
-_autograph = tf.__internal__.autograph
 _PLAIN_MODEL = (
     "VOOptimizer evaluates a population of perturbed models, which the "
     "training step of a plain Keras model cannot do. Expected one of: a model "
@@ -173,7 +172,9 @@ class VOOptimizer(SearchSteps):
         Called eagerly, it calls `objective` once a member with concrete
         values, so that it may be any Python code. Called in a `tf.function`,
         it is compiled and vectorized over the population, which is fast.
-        AutoGraph converts `objective` there, unless `autograph=False`.
+        AutoGraph converts an `objective` that is a function, as it converts
+        what is around this call. (XLA, `jit_compile=True`, compiles no Python
+        control flow on tensors: members are not vectorized then.)
 
         If the optimizer is made under `strategy.scope()`, each replica
         evaluates its shard of the population, whether this is called in or
@@ -196,12 +197,8 @@ class VOOptimizer(SearchSteps):
             ValueError: no variables, others than before, or an objective
                 whose value is not a scalar.
         """
-        if not tf.executing_eagerly():
-            context = _autograph.control_status_ctx()
-            objective = _autograph.tf_convert(objective, context)
-        return self._minimize(objective, list(variables))
+        return self._minimize(as_around(objective), list(variables))
 
-    # AutoGraph has nothing to convert here, and would need five seconds.
     @tf.autograph.experimental.do_not_convert
     def _minimize(
         self, objective: Objective, variables: list[Any]

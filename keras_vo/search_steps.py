@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_vo import checks
+from keras_vo.autograph import as_around
 from keras_vo.evaluation import graph
 from keras_vo.monitor.observer import observed
 from keras_vo.perturbations.base import Space
@@ -44,9 +45,10 @@ class SearchSteps(SearchVariables):
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
     ) -> Generation:
         """`take_step`, and what it evaluated."""
-        report = self.take_step(objective, list(variables), **kwargs)
+        report = self.take_step(as_around(objective), list(variables), **kwargs)
         return Generation.of(report.losses)
 
+    @tf.autograph.experimental.do_not_convert
     def take_step(
         self,
         objective: Objective,

@@ -206,23 +206,40 @@ class VOTrainStep(ModelFiles):
     ) -> None:
         """As in Keras, and metrics: a step that makes some is traced twice."""
         super().build_from_data(build, iterator, data_batch)
-        build_metrics(self, iterator, data_batch)
+        own = {
+            "train_step": (VOTrainStep.train_step,),
+            "test_step": (VOTrainStep.test_step,),
+        }
+        build_metrics(self, iterator, data_batch, own)
 
     def make_train_function(self, force: bool = False) -> Any:
         """As in Keras, but XLA compiles the evaluation of members only.
 
         The same seed gives other normals under XLA, and whether "auto" means
-        XLA depends on the machine. What the optimizer creates is there before
-        the step is traced, or it would be traced twice.
+        XLA depends on the machine.
         """
-        if all(layer.built for layer in layers_of(self)):
-            self.build_optimizer()
         jit_compile = self.jit_compile
         self.jit_compile = False
         try:
             return super().make_train_function(force)
         finally:
             self.jit_compile = jit_compile
+
+    def make_step_function(
+        self, make: Callable[[Any], Any], step: Callable[[Any], Any]
+    ) -> Any:
+        """As in Keras; what the optimizer creates is there before the first
+        step is traced, or it would be traced twice."""
+        function = super().make_step_function(make, step)
+        if step != self.train_step:
+            return function
+
+        def train_function(iterator: Any) -> Any:
+            if all(layer.built for layer in layers_of(self)):
+                self.build_optimizer()
+            return function(iterator)
+
+        return train_function
 
     @property
     def losses(self) -> list[Any]:

@@ -43,6 +43,14 @@ def test_an_objective_with_python_control_flow(replicas):
         np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
+def test_step_as_minimize():
+    w = tf.Variable([3.0, -2.0, 1.0])
+    optimizer = keras_vo.VOOptimizer(population_size=8, seed=1)
+    step = tf.function(lambda: optimizer.step(objective, [w]).mean_loss)
+    losses = [float(step()) for _ in range(3)]
+    np.testing.assert_allclose(losses, searched(vectorized)[0], rtol=1e-5)
+
+
 def test_callables_of_other_kinds():
     class Objective:
         def __call__(self, weights):

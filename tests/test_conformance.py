@@ -535,8 +535,8 @@ def whole_batches(strategy):
 @pytest.mark.parametrize(
     "kind, exchange",
     [
-        ("full", "fitness"),
-        ("low_rank", "gradient"),
+        ("full", "gradient"),
+        ("low_rank", "fitness"),
         ("local_reparam", "auto"),
     ],
 )

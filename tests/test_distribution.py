@@ -602,6 +602,7 @@ def test_only_losses_cross_the_network():
         ("full", "fitness"),
         ("full", "gradient"),
         ("full", "auto"),
+        ("low_rank", "fitness"),
         ("local", "fitness"),
     ]:
         with strategy.scope():
@@ -621,6 +622,7 @@ def test_only_losses_cross_the_network():
     assert largest["full", "fitness"] == 10 + 2 * 2
     cheaper = cost.cost_model(network=False).cheaper(5, size, size + 2, 2)
     assert largest["full", "auto"] == largest["full", cheaper]
+    assert largest["low_rank", "fitness"] == 10 + 2 * 2
     assert largest["full", "gradient"] >= size
     # Their scores need the activations: their gradients are exchanged.
     assert 4 * 30 + 30 <= largest["local", "fitness"] < size

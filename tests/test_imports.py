@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "keras_vo"
 # package besides itself. `None`: everything, as it is above all rooms.
 ROOMS = {
     "version": set(),
+    "autograph": set(),
     "keras_compat": set(),
     "fitness_shaping": set(),
     "search": set(),

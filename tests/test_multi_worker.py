@@ -65,10 +65,13 @@ def run(folder, *options, timeout=240):
             process.start()
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
-            assert process.exitcode is not None, f"still there: {outputs}"
+            assert process.exitcode is not None, [
+                output.read_text() for output in outputs
+            ]
     finally:
         for process in processes:
-            process.kill()
+            if process.pid is not None:
+                process.kill()
     return (
         [process.exitcode for process in processes],
         [output.read_text() for output in outputs],
@@ -262,7 +265,7 @@ def test_workers_of_different_clusters():
 
 def test_two_processes_that_are_the_same_worker():
     first, second, _ = clusters(3)
-    errors = meet(first, second, second, timeout=1.5)
+    errors = meet(first, second, second, timeout=3.0)
     assert "two processes that are worker 1" in str(errors[0])
 
 

@@ -1,6 +1,4 @@
-"""A worker of a cluster: the program that test_multi_worker.py runs.
-
-    python worker.py '{"option": value, ...}'
+"""A worker of a cluster: what the processes of test_multi_worker.py do.
 
 The environment variable TF_CONFIG says which worker it is.
 """
@@ -8,7 +6,6 @@ The environment variable TF_CONFIG says which worker it is.
 import json
 import os
 import signal
-import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -119,7 +116,3 @@ def main(options):
         predicted=predicted,
         **results,
     )
-
-
-if __name__ == "__main__":
-    main(OPTIONS | json.loads(sys.argv[1]))
