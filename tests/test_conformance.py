@@ -70,9 +70,12 @@ class Traced(keras_vo.VOSequential):
 
     graphs = []
 
-    def train_step(self, data):
-        self.graphs.append(tf.compat.v1.get_default_graph())
-        return super().train_step(data)
+    def compute_loss(self, *args, **kwargs):
+        graph = tf.compat.v1.get_default_graph()
+        # That of the mean network; the members have graphs of their own.
+        if graph.name == "one_step_on_data" and graph not in self.graphs:
+            self.graphs.append(graph)
+        return super().compute_loss(*args, **kwargs)
 
 
 class Searched(NamedTuple):
