@@ -7,17 +7,17 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["as_around"]
+__all__ = ["converted_as_caller"]
 
 # TensorFlow's names for whatever calls functions of its users.
 _autograph = tf.__internal__.autograph
 
 
-def as_around(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, converted where it is called if this call is.
+def converted_as_caller(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which AutoGraph converts if it converts what calls this.
 
-    For what is called where nothing is converted: keras_vo has nothing to
-    convert, and AutoGraph would need five seconds for it.
+    It does so wherever `function` is called, in code too that is not converted
+    itself: keras_vo has nothing to convert, which would take five seconds.
     """
     context = _autograph.control_status_ctx()
     if tf.executing_eagerly() or context.status.name == "DISABLED":

@@ -69,6 +69,7 @@ def _check_names() -> None:
 
     def assigns(cls: type, *names: str) -> list[str]:
         """Attributes that the constructor of `cls` does not assign."""
+        # Of the class as it is: no subclass is asked.
         known = cls.__init__.__code__.co_names  # type: ignore[misc]
         return [f"{cls.__name__}.{n}" for n in names if n not in known]
 

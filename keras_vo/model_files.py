@@ -35,7 +35,7 @@ class ModelFiles(ReplicatedModel):
         `keras_vo.layers` load `.weights.h5` files of Dense, and their own.
         """
         if self.compiled and self.built:
-            self.build_optimizer()
+            self._build_vo_optimizer()
         self._introduce()
         whole_model = str(filepath).endswith(".keras")
         with contextlib.nullcontext() if whole_model else as_dense(self):
@@ -76,7 +76,7 @@ class ModelFiles(ReplicatedModel):
             convert_dense(self, dense)
             self._dense = dense
 
-    def build_optimizer(self) -> None:
+    def _build_vo_optimizer(self) -> None:
         """Builds a `VOOptimizer` that is not built yet, and no other."""
         if find_vo_optimizer(self.optimizer) and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)

@@ -22,7 +22,7 @@ from keras_vo import checks
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
-from keras_vo.autograph import as_around
+from keras_vo.autograph import converted_as_caller
 from keras_vo.replicas import cost, strategies
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL
@@ -173,8 +173,8 @@ class VOOptimizer(SearchSteps):
         values, so that it may be any Python code. Called in a `tf.function`,
         it is compiled and vectorized over the population, which is fast.
         AutoGraph converts an `objective` that is a function, as it converts
-        what is around this call. (XLA, `jit_compile=True`, compiles no Python
-        control flow on tensors: members are not vectorized then.)
+        what is around this call. In a function that XLA compiles
+        (`jit_compile=True`), Python's control flow on tensors is an error.
 
         If the optimizer is made under `strategy.scope()`, each replica
         evaluates its shard of the population, whether this is called in or
@@ -197,7 +197,7 @@ class VOOptimizer(SearchSteps):
             ValueError: no variables, others than before, or an objective
                 whose value is not a scalar.
         """
-        return self._minimize(as_around(objective), list(variables))
+        return self._minimize(converted_as_caller(objective), list(variables))
 
     @tf.autograph.experimental.do_not_convert
     def _minimize(

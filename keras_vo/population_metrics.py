@@ -17,6 +17,7 @@ class _OfFirstReplica:
 
     def add_variable(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["aggregation"] = "only_first_replica"  # not their sum
+        # That of the metric which this class is mixed into.
         return super().add_variable(*args, **kwargs)  # type: ignore[misc]
 
 

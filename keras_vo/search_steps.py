@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_vo import checks
-from keras_vo.autograph import as_around
+from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.monitor.observer import observed
 from keras_vo.perturbations.base import Space
@@ -45,7 +45,9 @@ class SearchSteps(SearchVariables):
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
     ) -> Generation:
         """`take_step`, and what it evaluated."""
-        report = self.take_step(as_around(objective), list(variables), **kwargs)
+        report = self.take_step(
+            converted_as_caller(objective), list(variables), **kwargs
+        )
         return Generation.of(report.losses)
 
     @tf.autograph.experimental.do_not_convert

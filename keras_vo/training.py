@@ -235,8 +235,10 @@ class VOTrainStep(ModelFiles):
             return function
 
         def train_function(iterator: Any) -> Any:
-            if all(layer.built for layer in layers_of(self)):
-                self.build_optimizer()
+            if not getattr(self.optimizer, "built", True) and all(
+                layer.built for layer in layers_of(self)
+            ):
+                self._build_vo_optimizer()
             return function(iterator)
 
         return train_function

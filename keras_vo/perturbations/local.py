@@ -237,6 +237,7 @@ class LocalReparam(Perturbation):
                 units[i] = unit
         terms = []
         for i, parts in columns.items():
+            # Squares are asked for where there is a probe only.
             scale = self._probe.scales[i]  # type: ignore[union-attr]
             if scale.shape.rank:
                 # [in, units] or [units] to [chunk, in] or [chunk, 1]
