@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_vo import checks
 from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
+from keras_vo.evaluation.isolation import Isolation
 from keras_vo.monitor.observer import observed
 from keras_vo.perturbations.base import Space
 from keras_vo.perturbations.scope import Recording
@@ -61,6 +62,7 @@ class SearchSteps(SearchVariables):
         baseline: tf.Tensor | None = None,
         example_weights: Any = 1.0,
         examples: tf.Tensor | None = None,
+        isolation: Isolation | None = None,
         jit_compile: bool = False,
     ) -> Report:
         """Evaluates one generation and updates mu and sigma.
@@ -79,6 +81,8 @@ class SearchSteps(SearchVariables):
                 `None`: it is evaluated there.
             example_weights: see `Outcomes`.
             examples: see `Outcomes`.
+            isolation: of the members; `None`: that of an objective which is
+                given the weights.
             jit_compile: whether XLA compiles the evaluation of the members.
         """
         self._build_outside_of_replicas(variables)
@@ -89,16 +93,22 @@ class SearchSteps(SearchVariables):
         )
         dtype = self._layout.dtype
 
+        isolation = isolation or Isolation(variables)
+        isolation.after = [] if baseline is None else [baseline]
+        isolation.full = perturbations.full
+
         def losses(weights: list[tf.Tensor]) -> dict[str, tf.Tensor]:
-            return checks.checked_losses(objective(weights), dtype)
+            with isolation.objective(weights):
+                return checks.checked_losses(objective(weights), dtype)
 
         if baseline is None and search.communicator.count > 1:
             baseline = losses(search.state.gaussian.means)[MEMBER]
 
         def evaluator(source: NoiseSource) -> Outcomes:
             found = graph.evaluate(
-                perturbations.member(losses), source, jit_compile
+                perturbations.member(losses), source, isolation, jit_compile
             )
+            isolation.check_equal_losses(found.losses[MEMBER])
             return Outcomes(
                 found.losses, example_weights, examples, baseline, found
             )

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_vo import checks, layer_state
 from keras_vo.evaluation import per_example
+from keras_vo.evaluation.isolation import Isolation
 from keras_vo.keras_compat import (
     build_metrics,
     layers_of,
@@ -29,6 +30,7 @@ from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.replicas.model import with_callback
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation
+from keras_vo.search.noise import generation_seed
 
 __all__ = ["VOTrainStep"]
 
@@ -81,7 +83,8 @@ class VOTrainStep(ModelFiles):
         means = [tf.convert_to_tensor(v) for v in self.trainable_variables]
         state = layer_state.snapshot(self)
         recording = Recording(self.trainable_variables)
-        with entered(recording):
+        isolation = self._isolation(optimizer)
+        with entered(recording), isolation.of_mean():
             y_pred = self._call_in_training(x)
             recording.end_of_call()
             loss = self._training_loss(x, y, y_pred, sample_weight)
@@ -108,6 +111,7 @@ class VOTrainStep(ModelFiles):
             baseline=loss,
             example_weights=example_weights,
             examples=examples,
+            isolation=isolation,
             jit_compile=self.jit_compile,
         )
         self._population_metrics.update(
@@ -130,6 +134,14 @@ class VOTrainStep(ModelFiles):
             tf.convert_to_tensor(optimizer.base_seed),
             tf.convert_to_tensor(optimizer.generations),
         )
+
+    def _isolation(self, optimizer: VOOptimizer) -> Isolation:
+        """Of the members, which draw what is random from the search's seed."""
+        seed = generation_seed(
+            tf.convert_to_tensor(optimizer.base_seed),
+            tf.convert_to_tensor(optimizer.generations),
+        )
+        return Isolation(self.trainable_variables, seed)
 
     def _objective(
         self, data: tuple[Any, Any, Any], state: Any, by_example: bool

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_vo.evaluation.graph import evaluate
+from keras_vo.evaluation.isolation import Isolation
 from keras_vo.search.chunks import ChunkPlan, NoiseSource
 from keras_vo.search.credit import MEMBER, reduce_noise
 from keras_vo.search.members import Members, Shard
@@ -55,7 +56,9 @@ def test_losses_and_sums_do_not_depend_on_chunks(case):
 
     def run():
         found = evaluate(
-            cube, make_source(directions, min(chunk, directions), keep, signs)
+            cube,
+            make_source(directions, min(chunk, directions), keep, signs),
+            Isolation([]),
         )
         losses = found.losses[MEMBER]
         return losses, found.reduce(weighted, [losses[:directions]])[0]
@@ -90,7 +93,7 @@ def test_a_table_of_several_generations(graph, keep, chunk):
         source = NoiseSource(
             ChunkPlan(len(rows), chunk, keep), members, D, tf.float32
         )
-        found = evaluate(cube, source)
+        found = evaluate(cube, source, Isolation([]))
         losses = found.losses[MEMBER]
         chunks = [
             NoiseSource(
@@ -177,6 +180,7 @@ def test_ops_with_and_without_a_vectorized_form(name, jit_compile):
                 (),
             ),
             make_source(6, 4, True),
+            Isolation([]),
             jit_compile,
         ).losses[MEMBER]
 
@@ -190,7 +194,7 @@ def test_the_objectives_own_error_is_raised():
 
     @tf.function(autograph=False)
     def run():
-        return evaluate(broken, make_source(4, 4, True)).losses
+        return evaluate(broken, make_source(4, 4, True), Isolation([])).losses
 
     with pytest.raises(ValueError, match="my objective is broken"):
         run()

@@ -10,6 +10,7 @@ from absl import logging as absl_logging
 
 import keras_vo
 from keras_vo.evaluation import vectorized
+from keras_vo.evaluation.isolation import Isolation
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def run(function):
 
     @tf.function
     def all_rows(rows):
-        return vectorized.compiled(function, specs, False)(rows)
+        over_rows = vectorized.compiled(function, specs, False, Isolation([]))
+        return over_rows(rows, tf.constant(3))
 
     return all_rows(tf.ones([3, 4]))
 

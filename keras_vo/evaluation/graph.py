@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_vo.evaluation.isolation import Isolation
 from keras_vo.evaluation.vectorized import compiled
 from keras_vo.search.chunks import (
     ChunkPlan,
@@ -87,23 +88,32 @@ class Evaluation:
 
 
 def evaluate(
-    member: Member, source: NoiseSource, jit_compile: bool = False
+    member: Member,
+    source: NoiseSource,
+    isolation: Isolation,
+    jit_compile: bool = False,
 ) -> Evaluation:
     """Evaluates all members: each direction once with every sign.
 
     Args:
         member: from the noise of one direction and its sign to its outcome.
         source: the members' noise, not yet kept.
+        isolation: of the members.
         jit_compile: whether XLA compiles the evaluation (not the noise: XLA
             draws other normals from the same seed).
     """
     plan, signs = source.plan, source.members.signs
 
     def both_signs(noise: Noise) -> Found:
-        outcomes = [Found(*member(noise, sign)) for sign in signs]
+        outcomes: list[Found] = []
+        for sign in signs:
+            found = isolation.run(member, noise, sign, after=outcomes)
+            outcomes.append(Found(*found))
         return tf.nest.map_structure(lambda *t: tf.stack(t), *outcomes)
 
-    run = _chunk_evaluator(both_signs, plan, source.specs(), jit_compile)
+    run = _chunk_evaluator(
+        both_signs, plan, source.specs(), isolation, jit_compile
+    )
     first_noise = source.chunk(tf.constant(0))
     first = run(tf.constant(0), first_noise)
     losses = first.losses
@@ -170,6 +180,7 @@ def _chunk_evaluator(
     direction: Callable[[Noise], Found],
     plan: ChunkPlan,
     specs: Noise,
+    isolation: Isolation,
     jit_compile: bool,
 ) -> Callable[[tf.Tensor, Noise], Found]:
     """`direction` over the rows of chunk `index`.
@@ -178,8 +189,15 @@ def _chunk_evaluator(
     padding. In a graph: as fast as its ops allow.
     """
     if not tf.executing_eagerly():
-        run = compiled(direction, specs, jit_compile)
-        return lambda index, noise: run(noise)
+        run = compiled(direction, specs, jit_compile, isolation)
+
+        def in_graph(index: tf.Tensor, chunk: Noise) -> Found:
+            rest = plan.directions - tf.cast(index, tf.int32) * plan.chunk
+            after = isolation.after if isolation.serial else []
+            with tf.control_dependencies(after):
+                return run(chunk, tf.minimum(plan.chunk, rest))
+
+        return in_graph
     stack = functools.partial(tf.nest.map_structure, lambda *t: tf.stack(t))
 
     def eager(index: tf.Tensor, chunk: Noise) -> Found:

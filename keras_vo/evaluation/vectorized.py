@@ -15,69 +15,122 @@ from typing import Any
 import tensorflow as tf
 from absl import logging as absl_logging
 
+from keras_vo.evaluation.effects import Effects
+from keras_vo.evaluation.isolation import Isolation
+
 __all__ = ["compiled"]
 
-_announced: set[str] = set()  # ops
+_announced: set[str] = set()  # reasons
 
 
 def compiled(
-    function: Callable[[Any], Any], specs: Any, jit_compile: bool
-) -> Callable[[Any], Any]:
+    function: Callable[[Any], Any],
+    specs: Any,
+    jit_compile: bool,
+    isolation: Isolation,
+) -> Callable[[Any, tf.Tensor], Any]:
     """`function` for each row of a structure of tensors, stacked.
 
     Args:
         function: from one row to a structure of tensors.
         specs: of the rows together.
         jit_compile: whether XLA compiles it.
+        isolation: of the rows.
+
+    Returns:
+        A function of the rows, and of how many of them count. (Of the rest
+        the values are zeros if rows are evaluated one after another.)
     """
+    while True:
+        try:
+            run, effects, slow = _traced(
+                function, specs, jit_compile, isolation.serial
+            )
+        except tf.errors.OperatorNotAllowedInGraphError:
+            if not isolation.without_inlining():
+                raise
+            continue  # a function that needs AutoGraph
+        if not isolation.adapt(effects):
+            reason = isolation.reason or slow
+            if reason is not None:
+                _announce_slow_path(reason)
+            return run
+
+
+def _traced(
+    function: Callable[[Any], Any], specs: Any, jit_compile: bool, serial: bool
+) -> tuple[Callable[[Any, tf.Tensor], Any], Effects, str | None]:
+    """`function` over rows; what it does; why it is not vectorized."""
+
+    def trace(over_rows: Callable[..., Any], *more: Any) -> Any:
+        return tf.function(
+            over_rows, jit_compile=jit_compile or None, autograph=False
+        ).get_concrete_function(specs, *more)
 
     def vectorized(rows: Any) -> Any:
         return tf.vectorized_map(function, rows, fallback_to_while_loop=False)
 
-    def mapped(rows: Any) -> Any:
-        first = tf.nest.map_structure(lambda t: t[0], rows)
-        traced = tf.function(function, autograph=False).get_concrete_function(
-            first
-        )
-        return tf.map_fn(
+    slow = None
+    if not serial:
+        try:
+            with _quiet_tensorflow():
+                traced = trace(vectorized)
+            if not (jit_compile and _uses_tensor_lists(traced.graph)):
+                return lambda rows, _: traced(rows), Effects.of(traced), None
+        except (NotImplementedError, ValueError) as error:
+            # If it is the function's own, it is raised again here.
+            slow = _slow_op(str(error))
+    row = tf.nest.map_structure(
+        lambda spec: tf.TensorSpec(spec.shape[1:], spec.dtype), specs
+    )
+    single = tf.function(function, autograph=False).get_concrete_function(row)
+    signature = tf.nest.map_structure(
+        tf.TensorSpec.from_tensor, single.structured_outputs
+    )
+
+    def mapped(rows: Any, count: tf.Tensor) -> Any:
+        size = tf.shape(tf.nest.flatten(rows)[0])[0]
+        if not jit_compile:  # which takes no shapes that depend on numbers
+            rows = tf.nest.map_structure(lambda t: t[:count], rows)
+        values = tf.map_fn(
             function,
             rows,
-            fn_output_signature=tf.nest.map_structure(
-                tf.TensorSpec.from_tensor, traced.structured_outputs
-            ),
+            fn_output_signature=signature,
+            parallel_iterations=1,
         )
+        if jit_compile:
+            return values
+        return tf.nest.map_structure(lambda t: _padded(t, size), values)
 
-    def trace(over_rows: Callable[[Any], Any]) -> Any:
-        return tf.function(
-            over_rows, jit_compile=jit_compile or None, autograph=False
-        ).get_concrete_function(specs)
+    run = trace(mapped, tf.TensorSpec([], tf.int32))
+    return run, Effects.of(single), slow
 
-    try:
-        with _quiet_tensorflow():
-            traced = trace(vectorized)
-    except (NotImplementedError, ValueError) as error:
-        # If it is the function's own, it is raised again here.
-        traced = trace(mapped)
-        _announce_slow_path(str(error))
-        return traced
-    if jit_compile and _uses_tensor_lists(traced.graph):
-        traced = trace(mapped)
-    return traced
+
+def _padded(values: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """`values` [n, ...] with rows of zeros up to `size`."""
+    missing = size - tf.shape(values)[0]
+    shape = tf.concat([[missing], tf.shape(values)[1:]], axis=0)
+    return tf.concat([values, tf.zeros(shape, values.dtype)], axis=0)
+
+
+def _slow_op(error: str) -> str:
+    """What TensorFlow's error says can't be vectorized."""
+    found = re.search(
+        r"(?:No pfor vectorization defined for|op) '?(\w+)", error
+    )
+    op = found.group(1) if found else error.partition("\n")[0]
+    return f"TensorFlow has no vectorized form of {op}"
 
 
 def _announce_slow_path(reason: str) -> None:
-    """Says once for each op that members are evaluated one after another."""
-    found = re.search(
-        r"(?:No pfor vectorization defined for|op) '?(\w+)", reason
-    )
-    op = found.group(1) if found else reason.partition("\n")[0]
-    if op in _announced:
+    """Says once for each reason that members are evaluated one by one."""
+    if reason in _announced:
         return
-    _announced.add(op)
+    _announced.add(reason)
     absl_logging.warning(
         "The members of a population are evaluated one after another, not "
-        "vectorized, since TensorFlow has no vectorized form of %s.",
-        op,
+        "vectorized, since %s.",
+        reason,
     )
 
 

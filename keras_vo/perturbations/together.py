@@ -36,6 +36,7 @@ class Perturbations:
         noise_size: number of normals of a direction that perturb weights.
         activations: tensors of the shapes of a direction's further noise.
         levels: of the credit that is needed.
+        full: indices of the variables with noise of full rank.
 
     Raises:
         ValueError: layers of two kinds share a variable.
@@ -51,6 +52,7 @@ class Perturbations:
         owners = _owners(kinds, recording.variables)
         rest = [i for i in range(len(recording.variables)) if i not in owners]
         kinds[Full.name] = Full(rest, space)
+        self.full = rest
         self._kinds = [
             kinds[name] for name in registry.names() if name in kinds
         ]

@@ -1,0 +1,129 @@
+"""What a function of a user does besides computing its value."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from typing import Any
+
+import tensorflow as tf
+
+from keras_vo.tensorflow_compat import called_for_each_op
+
+__all__ = ["RANDOM", "EagerEffects", "Effects"]
+
+# Random ops that keep a state: each run draws other numbers.
+RANDOM = frozenset(
+    {
+        "Multinomial",
+        "ParameterizedTruncatedNormal",
+        "RandomGamma",
+        "RandomPoissonV2",
+        "RandomShuffle",
+        "RandomStandardNormal",
+        "RandomUniform",
+        "RandomUniformInt",
+        "RngReadAndSkip",
+        "StatefulRandomBinomial",
+        "TruncatedNormal",
+    }
+)
+_PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
+_ASSIGNS = re.compile("Assign|Resource(Apply|Scatter|Sparse)|Rng")
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What a traced function does.
+
+    Attributes:
+        read: handles of the variables that it is given from outside.
+        assigned: those of them that it may assign.
+        random: the types of its random ops that keep a state.
+        python: the types of its ops that call Python.
+    """
+
+    read: tuple[tf.Tensor, ...]
+    assigned: tuple[tf.Tensor, ...]
+    random: frozenset[str]
+    python: frozenset[str]
+
+    @classmethod
+    def of(cls, function: Any) -> Effects:
+        """Those of a concrete function.
+
+        Functions that it calls are taken together: if any of them assigns a
+        variable, each may assign all variables that it is given.
+        """
+        graph = function.graph
+        operations = graph.get_operations()
+        types = {op.type for op in operations}
+        called: set[str] = set()
+        if any(map(_calls, operations)):
+            called = {
+                node.op
+                for definition in graph.as_graph_def().library.function
+                for node in definition.node_def
+            }
+        calls_assign = any(map(_ASSIGNS.search, called))
+        captured = function.captured_inputs
+        given = function.inputs[len(function.inputs) - len(captured) :]
+        read, assigned = [], []
+        for handle, inside in zip(captured, given, strict=True):
+            if handle.dtype != tf.resource:
+                continue
+            read.append(handle)
+            if any(
+                _ASSIGNS.search(op.type) or (calls_assign and _calls(op))
+                for op in inside.consumers()
+            ):
+                assigned.append(handle)
+        types |= called
+        return cls(
+            tuple(read), tuple(assigned), RANDOM & types, _PYTHON & types
+        )
+
+
+def _calls(op: Any) -> bool:
+    """Whether an op of a graph calls functions (as `tf.cond` does)."""
+    return any(
+        attribute.HasField("func") for attribute in op.node_def.attr.values()
+    )
+
+
+class EagerEffects:
+    """What is done eagerly, noted.
+
+    Attributes:
+        read: handles of variables, or of those that a function was given.
+        set: handles of variables that were assigned.
+        given: handles of what was given to functions, which may assign it.
+        random: as that of `Effects`.
+    """
+
+    def __init__(self) -> None:
+        self.read: list[tf.Tensor] = []
+        self.set: list[tf.Tensor] = []
+        self.given: list[tf.Tensor] = []
+        self.random: set[str] = set()
+
+    @property
+    def assigned(self) -> list[tf.Tensor]:
+        """Handles of variables that may have been assigned."""
+        return self.set + self.given
+
+    def noted(self) -> contextlib.AbstractContextManager[None]:
+        """A scope: what is done in it is noted."""
+        return called_for_each_op(self._note)
+
+    def _note(self, op_type: str, inputs: Any, *_: Any) -> None:
+        handles = [tensor for tensor in inputs if tensor.dtype == tf.resource]
+        if op_type in RANDOM:
+            self.random.add(op_type)
+        if _ASSIGNS.search(op_type):
+            self.set += handles
+        else:
+            self.read += handles
+        if op_type.startswith("__inference"):
+            self.given += handles

@@ -1,0 +1,341 @@
+"""Members apart from each other and from the mean, whatever users' code does.
+
+A member is a function of its weights. The code that computes its loss may do
+more: set the weights that it is asked about, count in variables of its own,
+draw random numbers, call Python, or read weights in a function that was traced
+for the mean network. `Isolation` sees what the graph of a member does, and
+says how members are evaluated then:
+
+    what it does            what is done about it
+    ----------------------  --------------------------------------------------
+    assigns a variable      one after another; set back after each member (for
+                            an objective of `minimize` those searched over)
+    calls Python            one after another
+    draws random numbers    in a model: all members draw the same
+    reads variables that    in a model: functions are traced anew; if that is
+    are searched over       not enough, the variables are set to the member's
+                            weights. An objective may, but if it reads nothing
+                            of what it is given, it is refused
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_vo import checks
+from keras_vo.evaluation.effects import EagerEffects, Effects
+from keras_vo.evaluation.random_ops import common_random_numbers
+from keras_vo.search import noise
+from keras_vo.tensorflow_compat import resource_dtype
+
+__all__ = ["Isolation"]
+
+_warned: set[str] = set()  # what has been said
+_PYTHON_SEED = -(2**41)  # below what `random_ops` draws from
+
+
+class Isolation:
+    """How the members of one generation are kept apart.
+
+    Args:
+        variables: those that are searched over.
+        seed: of the generation, see `noise.generation_seed`, if the objective
+            is a model's: it reads the variables. `None`: it is given the
+            weights, and draws as it likes.
+
+    Attributes:
+        serial: whether members are evaluated one after another.
+        reason: why they are, for a message; `None`: for an op's sake.
+        after: tensors that are computed before the first member is evaluated,
+            if members are serial.
+        full: indices of the variables of whose weights each member is given
+            its own tensor, and no kind of perturbation knows better.
+    """
+
+    def __init__(
+        self, variables: Sequence[Any], seed: tf.Tensor | None = None
+    ) -> None:
+        self._names = [checks.variable_name(v) for v in variables]
+        self._handles = [variable.handle for variable in variables]
+        self._seed = seed
+        eager = tf.executing_eagerly()
+        self.serial = eager
+        self.reason: str | None = None
+        self.after: list[tf.Tensor] = []
+        self.full: Sequence[int] = range(len(self._handles))
+        self._inline = False
+        self._may_inline = not eager
+        self._holds = self._seeds_python = eager and seed is not None
+        self._saved: dict[int, tuple[tf.Tensor, tf.Tensor]] = {}
+        self._unread = [False] * len(self._handles)
+        self._left: set[str] = set()
+        self._states: list[Any] = []
+        self._noted: EagerEffects | None = None
+        if eager:
+            self._save(self._handles)
+
+    @contextlib.contextmanager
+    def of_mean(self) -> Iterator[None]:
+        """The mean network's pass: eagerly, it shows what members will do."""
+        if not tf.executing_eagerly():
+            yield
+            return
+        noted = EagerEffects()
+        with noted.noted():
+            yield
+        self._save(noted.assigned)
+        _warn_of_random(noted.random)
+        read = set(map(id, noted.read))
+        self._check_read([id(handle) not in read for handle in self._handles])
+
+    def adapt(self, effects: Effects) -> bool:
+        """Adapts to what a member's graph does.
+
+        Returns:
+            Whether it is to be traced once more.
+        """
+        of_model = self._seed is not None
+        read = set(map(id, effects.read))
+        reads = any(id(handle) in read for handle in self._handles)
+        if (
+            of_model
+            and self._may_inline
+            and not self._inline
+            and (reads or effects.random)
+        ):
+            self._inline = True
+            return True
+        holds = of_model and bool(reads or effects.python)
+        serial = bool(effects.assigned or effects.python or holds)
+        if serial <= self.serial and holds <= self._holds:
+            self._finish(effects)
+            return False
+        self.serial, self._holds = serial, holds
+        self._seeds_python = of_model and bool(effects.python)
+        if effects.assigned:
+            self.reason = (
+                "they assign a variable that Keras does not know (a "
+                "tf.Variable): it is set back after each"
+            )
+        elif not effects.python:
+            self.reason = (
+                "a function that was traced before, of another signature "
+                "or by AutoGraph, reads the weights of the model"
+            )
+        if of_model:
+            self._save(effects.assigned)
+            self._save(self._handles if holds else ())
+        else:
+            assigned = set(map(id, effects.assigned))
+            self._save(h for h in self._handles if id(h) in assigned)
+        return True
+
+    def without_inlining(self) -> bool:
+        """Gives up inlining; whether it was tried."""
+        tried, self._inline, self._may_inline = self._inline, False, False
+        return tried
+
+    def run(
+        self, member: Callable[..., Any], *args: Any, after: Any = ()
+    ) -> Any:
+        """`member(*args)`, apart from all others.
+
+        Args:
+            member: from its arguments to a structure of tensors.
+            *args: its arguments.
+            after: the outcomes of the members before it.
+        """
+        with contextlib.ExitStack() as scopes:
+            if self._inline and self._seed is not None:
+                scopes.enter_context(_inlined())
+                scopes.enter_context(
+                    common_random_numbers(self._seed, self._left)
+                )
+            if not self.serial:
+                return member(*args)
+            before = tf.nest.flatten(after)
+            scopes.enter_context(tf.control_dependencies(before))
+            if self._seeds_python:
+                seeded = self._seed_python()
+                scopes.enter_context(tf.control_dependencies([seeded]))
+            if tf.executing_eagerly() and self._noted is None:
+                self._noted = EagerEffects()
+                scopes.enter_context(self._noted.noted())
+            outcome = member(*args)
+        with tf.control_dependencies(tf.nest.flatten(outcome)):
+            restored = self._restore()
+        with tf.control_dependencies(restored):
+            return tf.nest.map_structure(tf.identity, outcome)
+
+    @contextlib.contextmanager
+    def objective(self, weights: Sequence[tf.Tensor]) -> Iterator[None]:
+        """The scope in which a member's objective is called with `weights`."""
+        held: list[Any] = []
+        if self._holds:
+            held = [
+                _assign(handle, tf.cast(weight, resource_dtype(handle)))
+                for handle, weight in zip(self._handles, weights, strict=True)
+            ]
+        with tf.control_dependencies([op for op in held if op is not None]):
+            yield
+        if not tf.executing_eagerly():
+            self._unread = [
+                index in self.full and not weight.consumers()
+                for index, weight in enumerate(weights)
+            ]
+
+    def check_equal_losses(self, losses: tf.Tensor) -> None:
+        """Warns, eagerly, of losses that are equal since nothing was read."""
+        noted = self._noted
+        if noted is None or self._seed is not None:
+            return
+        read, assigned = ({id(h) for h in hs} for hs in (noted.read, noted.set))
+        names = [
+            name
+            for name, handle in zip(self._names, self._handles, strict=True)
+            if id(handle) in read - assigned
+        ]
+        if names and bool(tf.reduce_all(losses == losses[0])):
+            warnings.warn(
+                "All members of the population have exactly the same loss, "
+                f"and the objective reads {names}, which hold the mean. "
+                "Expected: an objective that computes its value from the "
+                "weights that it is given, or assigns them to the variables "
+                "before it reads these.",
+                stacklevel=2,
+            )
+
+    def _finish(self, effects: Effects) -> None:
+        """Says what can't be helped."""
+        if self._seed is not None:
+            if not self._holds:
+                self._check_read(self._unread)
+            if self._inline:
+                # Ops that draw from the seed are left in the graph, unused.
+                _warn_of_random(self._left)
+            else:
+                _warn_of_random(effects.random)
+            return
+        read, assigned = set(map(id, effects.read)), map(id, effects.assigned)
+        read -= set(assigned)
+        wrong = [
+            name
+            for name, handle, unread in zip(
+                self._names, self._handles, self._unread, strict=True
+            )
+            if unread and id(handle) in read
+        ]
+        if wrong:
+            raise ValueError(
+                "The objective must compute its loss from the weights that "
+                "it is given, or assign them to the variables before it "
+                f"reads these. Received: an objective that reads {wrong}, "
+                "which hold the mean, and not the weights of the member"
+            )
+
+    def _check_read(self, unread: Sequence[bool]) -> None:
+        """Whether a model's loss depends on the variables, one after another.
+
+        Raises:
+            ValueError: it does on none.
+        """
+        names = list(itertools.compress(self._names, unread))
+        if names == self._names:
+            raise ValueError(
+                "Expected a loss that depends on the weights of the model. "
+                f"Received: one that reads none of {names}. (A function of "
+                "`tf.function` that was traced before its layers were built "
+                "has weights of its own: build the model first, by calling "
+                "it on a batch.)"
+            )
+        if names:
+            _warn_once(
+                f"The loss does not depend on the weights {names}: they are "
+                "not trained. (A function of `tf.function` that was traced "
+                "before its layers were built has weights of its own: build "
+                "the model first, by calling it on a batch.)"
+            )
+
+    def _save(self, handles: Iterable[tf.Tensor]) -> None:
+        """Notes values that are set again after each member."""
+        for handle in handles:
+            dtype = resource_dtype(handle)
+            if dtype is not None and id(handle) not in self._saved:
+                value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+                self._saved[id(handle)] = handle, value
+
+    def _restore(self) -> list[Any]:
+        done = [_assign(*saved) for saved in self._saved.values()]
+        if self._seeds_python:
+            done.append(_called(lambda _: self._pop_python(), tf.zeros([])))
+        return [op for op in done if op is not None]
+
+    def _seed_python(self) -> Any:
+        """Lets `random` and `np.random` draw the same in each member."""
+        index = tf.constant(_PYTHON_SEED, tf.int64)
+        seed = noise.single_seed(self._seed, index)[0]
+
+        def push(value: Any) -> None:
+            self._states.append((random.getstate(), np.random.get_state()))
+            random.seed(int(value))
+            np.random.seed(int(value) % 2**32)
+
+        return _called(push, seed)
+
+    def _pop_python(self) -> None:
+        python, numpy = self._states.pop()
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _assign(handle: tf.Tensor, value: tf.Tensor) -> Any:
+    return tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+
+
+def _called(function: Callable[[Any], None], value: tf.Tensor) -> tf.Tensor:
+    """An op that calls `function`."""
+
+    def called(value: Any) -> Any:
+        function(value)
+        return np.int32(0)
+
+    return tf.numpy_function(called, [value], tf.int32)
+
+
+@contextlib.contextmanager
+def _inlined() -> Iterator[None]:
+    """Functions of `tf.function` become part of the graph that calls them.
+
+    One that was traced for the mean network reads the variables.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def _warn_of_random(ops: Iterable[str]) -> None:
+    for op in sorted(ops):
+        _warn_once(
+            f"The op {op} of a layer or loss draws other random numbers for "
+            "each member of the population, which adds to the differences of "
+            "their losses, and a resumed run draws others. Draw by "
+            "`keras.random` with a `keras.random.SeedGenerator`: then all "
+            "members see the same numbers, a function of the search's seed."
+        )
