@@ -6,6 +6,7 @@ Every error says what was expected and what was received.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -115,20 +116,45 @@ def variable_name(variable: Any) -> str:
 
 
 def checked_scalar(loss: Any, dtype: tf.DType | None = None) -> tf.Tensor:
-    """An objective's value, one number, as `dtype` or as it is."""
+    """An objective's value, one number, in the precision that it came in.
+
+    Numbers of Python, and integers, are float64.
+
+    Args:
+        loss: the value.
+        dtype: floating; a narrower value is cast to it. `None`: it is not.
+    """
+    if isinstance(loss, numbers.Real) and not isinstance(loss, np.floating):
+        loss = tf.constant(_checked_float(loss), tf.float64)
     if loss is None:
         raise ValueError(
             "The objective must return a scalar loss. Received: None"
         )
     loss = tf.convert_to_tensor(loss)
     if loss.shape.rank is None:
-        loss = tf.ensure_shape(loss, [])
-    if loss.shape.rank != 0:
+        # The name stands in TensorFlow's error.
+        name = "a_loss_of_unknown_shape_must_be_a_scalar"
+        loss = tf.ensure_shape(loss, [], name=name)
+    if loss.shape.rank != 0 or loss.dtype.is_complex or loss.dtype == tf.string:
         raise ValueError(
-            "The objective must return a scalar loss. "
-            f"Received: a tensor of shape {tuple(loss.shape)}"
+            "The objective must return a scalar loss. Received: a tensor of "
+            f"shape {tuple(loss.shape)} and dtype {loss.dtype.name}"
         )
-    return loss if dtype is None else tf.cast(loss, dtype)
+    if not loss.dtype.is_floating:
+        loss = tf.cast(loss, tf.float64)
+    if dtype is not None and loss.dtype.size < dtype.size:
+        loss = tf.cast(loss, dtype)
+    return loss
+
+
+def _checked_float(number: numbers.Real) -> float:
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise ValueError(
+            "The objective must return a loss within the range of float64, "
+            f"up to 1.8e308. Received: {number!r:.40}"
+        ) from error
 
 
 def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
@@ -136,7 +162,8 @@ def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
 
     Args:
         value: it.
-        dtype: that the losses get.
+        dtype: that the losses get: those of examples this one, those of
+            members this one or a wider one that they have.
     """
     by_level = value if isinstance(value, dict) else {MEMBER: value}
     if MEMBER not in by_level:

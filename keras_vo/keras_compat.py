@@ -7,6 +7,7 @@ of them exist is checked when the package is imported, and so is the backend.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -22,9 +23,9 @@ __all__ = [
     "keeps_mask",
     "layers_of",
     "loss_tracker",
+    "losses_as_returned",
     "mask_of",
     "take_gradients_as_they_are",
-    "undivided_losses",
     "unpickle",
 ]
 
@@ -53,6 +54,7 @@ except ImportError as error:  # of a backend that keras.json names, say
 
 _check_backend(keras.backend.backend())
 
+import tensorflow as tf  # noqa: E402
 from keras.src.backend.tensorflow import trainer as _tf_trainer  # noqa: E402
 from keras.src.losses import loss as _loss_module  # noqa: E402
 
@@ -62,6 +64,9 @@ from keras.src.trainers import compile_utils as _compile_utils  # noqa: E402
 from keras.src.trainers import trainer as _trainer_module  # noqa: E402
 
 _SCALES = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+_REDUCE = "reduce_weighted_values"
+# The name of an op, which TensorFlow's error shows.
+_SCALAR = "a_loss_of_unknown_shape_must_be_a_scalar"
 
 
 def _check_names() -> None:
@@ -79,7 +84,7 @@ def _check_names() -> None:
             (keras.Model, ("_make_function", "_maybe_symbolic_build")),
             (keras.Model, ("_flatten_layers", "_unpickle_model")),
             (keras.optimizers.Optimizer, ("_all_reduce_sum_gradients",)),
-            (_loss_module, _SCALES),
+            (_loss_module, (*_SCALES, _REDUCE)),
         )
         for name in names
         if not hasattr(owner, name)
@@ -251,34 +256,66 @@ def compiled_losses_replaced(
         compiled._flat_losses = losses
 
 
-_undivided = threading.local()
+_own = threading.local()
 
 
 @contextlib.contextmanager
-def undivided_losses() -> Iterator[None]:
-    """Lets Keras leave a mean as it is, and not divide it for a sum.
+def losses_as_returned(model: Any) -> Iterator[None]:
+    """Lets Keras leave losses as functions of users return them.
 
     Under a strategy Keras divides means over the batch, but not numbers that a
     loss function or an overridden `compute_loss` returns, by the number of
-    replicas. It holds for the thread that enters it.
+    replicas: here it leaves means as they are. It casts losses to float32:
+    here one that is float64 stays so, if it is the model's only one. It does
+    not take a loss without a static shape (of `tf.numpy_function`, say): here
+    that is a scalar, which is checked when it runs. All of this holds for the
+    thread that enters it.
+
+    Args:
+        model: a compiled Keras model, after its call.
     """
-    depth = getattr(_undivided, "depth", 0)
-    _undivided.depth = depth + 1
+    compiled = model._compile_loss
+    alone = compiled is not None and len(compiled._flat_losses or ()) == 1
+    dtype = getattr(compiled, "_dtype", None)
+    before = getattr(_own, "compiled", None)
+    _own.compiled = [compiled] if alone and not model.losses else []
     try:
         yield
     finally:
-        _undivided.depth = depth
+        _own.compiled = before
+        if compiled is not None:
+            compiled._dtype = dtype
 
 
-def _unless_undivided(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _unless_own(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def scaled(value: Any) -> Any:
-        return value if getattr(_undivided, "depth", 0) else scale(value)
+        return scale(value) if _compiled_of_own() is None else value
 
     return scaled
 
 
+def _reduced_as_returned(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reduce)
+    def reduced(values: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled = _compiled_of_own()
+        if compiled is not None and tf.is_tensor(values):
+            if values.shape.rank is None:
+                values = tf.ensure_shape(values, [], name=_SCALAR)
+            if values.dtype == tf.float64 and compiled:
+                kwargs["dtype"] = compiled[0]._dtype = "float64"
+        return reduce(values, *args, **kwargs)
+
+    return reduced
+
+
+def _compiled_of_own() -> list[Any] | None:
+    """In the scope of `losses_as_returned`: the loss that may be float64."""
+    return getattr(_own, "compiled", None)
+
+
 # Once, at import: elsewhere the functions do what they did.
 for _name in _SCALES:
-    setattr(
-        _loss_module, _name, _unless_undivided(getattr(_loss_module, _name))
-    )
+    setattr(_loss_module, _name, _unless_own(getattr(_loss_module, _name)))
+setattr(
+    _loss_module, _REDUCE, _reduced_as_returned(getattr(_loss_module, _REDUCE))
+)

@@ -19,7 +19,7 @@ from keras_vo.keras_compat import (
     build_metrics,
     layers_of,
     loss_tracker,
-    undivided_losses,
+    losses_as_returned,
 )
 from keras_vo.model_files import ModelFiles
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
@@ -295,7 +295,7 @@ class VOTrainStep(ModelFiles):
         kwargs = {}
         if "training" in inspect.signature(self.compute_loss).parameters:
             kwargs["training"] = True
-        with undivided_losses():
+        with losses_as_returned(self):
             return self.compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
             )

@@ -30,7 +30,8 @@ RANDOM = frozenset(
     }
 )
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
-_ASSIGNS = re.compile("Assign|Resource(Apply|Scatter|Sparse)|Rng")
+_ASSIGNS = re.compile("Assign|Resource(Apply|Scatter|Sparse)")
+_GENERATOR = "Rng"  # what assigns the state of a tf.random.Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,7 @@ class Effects:
 
 def _calls(op: Any) -> bool:
     """Whether an op of a graph calls functions (as `tf.cond` does)."""
-    return any(
-        attribute.HasField("func") for attribute in op.node_def.attr.values()
-    )
+    return bool(op.type.endswith(("Call", "If", "While", "Case")))
 
 
 class EagerEffects:
@@ -99,7 +98,7 @@ class EagerEffects:
         read: handles of variables, or of those that a function was given.
         set: handles of variables that were assigned.
         given: handles of what was given to functions, which may assign it.
-        random: as that of `Effects`.
+        random: as that of `Effects`, but for those whose state is a variable.
     """
 
     def __init__(self) -> None:
@@ -119,10 +118,10 @@ class EagerEffects:
 
     def _note(self, op_type: str, inputs: Any, *_: Any) -> None:
         handles = [tensor for tensor in inputs if tensor.dtype == tf.resource]
-        if op_type in RANDOM:
-            self.random.add(op_type)
-        if _ASSIGNS.search(op_type):
+        if _ASSIGNS.search(op_type) or op_type.startswith(_GENERATOR):
             self.set += handles
+        elif op_type in RANDOM:
+            self.random.add(op_type)
         else:
             self.read += handles
         if op_type.startswith("__inference"):

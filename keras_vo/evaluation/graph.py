@@ -10,7 +10,6 @@ between the two passes where it fits the memory budget, else drawn again.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -109,7 +108,7 @@ def evaluate(
         for sign in signs:
             found = isolation.run(member, noise, sign, after=outcomes)
             outcomes.append(Found(*found))
-        return tf.nest.map_structure(lambda *t: tf.stack(t), *outcomes)
+        return tf.nest.map_structure(_stacked, *outcomes)
 
     run = _chunk_evaluator(
         both_signs, plan, source.specs(), isolation, jit_compile
@@ -198,8 +197,6 @@ def _chunk_evaluator(
                 return run(chunk, tf.minimum(plan.chunk, rest))
 
         return in_graph
-    stack = functools.partial(tf.nest.map_structure, lambda *t: tf.stack(t))
-
     def eager(index: tf.Tensor, chunk: Noise) -> Found:
         count = min(plan.chunk, plan.directions - int(index) * plan.chunk)
         rows = [
@@ -209,6 +206,12 @@ def _chunk_evaluator(
         rows += [tf.nest.map_structure(tf.zeros_like, rows[0])] * (
             plan.chunk - count
         )
-        return stack(*rows)
+        return tf.nest.map_structure(_stacked, *rows)
 
     return eager
+
+
+def _stacked(*tensors: tf.Tensor) -> tf.Tensor:
+    """Stacked in the widest dtype: losses may be now a number, now a tensor."""
+    widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.size)
+    return tf.stack([tf.cast(t, widest) for t in tensors])

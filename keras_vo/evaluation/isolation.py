@@ -39,6 +39,7 @@ from keras_vo.tensorflow_compat import resource_dtype
 __all__ = ["Isolation"]
 
 _warned: set[str] = set()  # what has been said
+_EAGERLY = " (with run_eagerly=False members would draw the same)"
 _PYTHON_SEED = -(2**41)  # below what `random_ops` draws from
 
 
@@ -335,7 +336,8 @@ def _warn_of_random(ops: Iterable[str]) -> None:
         _warn_once(
             f"The op {op} of a layer or loss draws other random numbers for "
             "each member of the population, which adds to the differences of "
-            "their losses, and a resumed run draws others. Draw by "
+            "their losses, and a resumed run draws others"
+            f"{_EAGERLY if tf.executing_eagerly() else ''}. Draw by "
             "`keras.random` with a `keras.random.SeedGenerator`: then all "
             "members see the same numbers, a function of the search's seed."
         )

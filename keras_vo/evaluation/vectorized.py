@@ -41,19 +41,20 @@ def compiled(
         A function of the rows, and of how many of them count. (Of the rest
         the values are zeros if rows are evaluated one after another.)
     """
+    slow = None
     while True:
         try:
-            run, effects, slow = _traced(
+            run, effects, reason = _traced(
                 function, specs, jit_compile, isolation.serial
             )
         except tf.errors.OperatorNotAllowedInGraphError:
             if not isolation.without_inlining():
                 raise
             continue  # a function that needs AutoGraph
+        slow = slow or reason
         if not isolation.adapt(effects):
-            reason = isolation.reason or slow
-            if reason is not None:
-                _announce_slow_path(reason)
+            if isolation.reason or slow:
+                _announce_slow_path(isolation.reason or slow)
             return run
 
 

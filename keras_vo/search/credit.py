@@ -33,6 +33,7 @@ __all__ = [
     "Rows",
     "Shaping",
     "example_utilities",
+    "narrowed",
     "pool",
     "shaped_where_known",
 ]
@@ -188,6 +189,37 @@ def pool(
     offsets = tf.gather(baselines - reference, owners * signs)
     utilities, known = shaped_where_known(shape, losses - offsets, signs)
     return Pooled(losses, utilities, known, tf.reduce_sum(seen))
+
+
+def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:
+    """`pooled` with utilities for weights of `dtype`.
+
+    Losses may be wider: they are compared in the precision that they come in.
+
+    Raises:
+        InvalidArgumentError: when it runs, if utilities have the scale of
+            losses which `dtype` can't hold.
+    """
+    wide = pooled.utilities
+    if wide.dtype == dtype:
+        return pooled
+    utilities = tf.cast(wide, dtype)
+    lost = tf.reduce_any(wide != 0) & tf.reduce_all(utilities == 0)
+    fits = tf.reduce_all(tf.math.is_finite(utilities)) & ~lost
+    message = (
+        f"Expected losses whose differences a {dtype.name} can hold, as "
+        "`fitness_shaping` gives utilities of their scale. Use "
+        "'centered_rank', 'nes' or 'standardize', or scale the losses. "
+        "Received: losses"
+    )
+    checked = tf.debugging.Assert(fits, [message, pooled.losses])
+    with tf.control_dependencies([] if checked is None else [checked]):
+        utilities = tf.identity(utilities)
+    return pooled._replace(
+        utilities=utilities,
+        known=tf.cast(pooled.known, dtype),
+        examples=tf.cast(pooled.examples, dtype),
+    )
 
 
 def _baseline(outcomes: Outcomes, losses: tf.Tensor) -> tf.Tensor:

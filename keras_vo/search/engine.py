@@ -86,7 +86,10 @@ class Search:
             move_mean: makes the step of the mean, that of the inner optimizer.
         """
         shard, settings = self._shard(members), self.settings
-        pooled = credit.pool(outcomes, settings.shape, shard, self.communicator)
+        pooled = credit.narrowed(
+            credit.pool(outcomes, settings.shape, shard, self.communicator),
+            self.state.gaussian.layout.dtype,
+        )
         direction = self._preconditioned(
             self._direction(members, outcomes, pooled, shard)
         )
