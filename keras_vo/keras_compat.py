@@ -266,10 +266,8 @@ def losses_as_returned(model: Any) -> Iterator[None]:
     Under a strategy Keras divides means over the batch, but not numbers that a
     loss function or an overridden `compute_loss` returns, by the number of
     replicas: here it leaves means as they are. It casts losses to float32:
-    here one that is float64 stays so, if it is the model's only one. It does
-    not take a loss without a static shape (of `tf.numpy_function`, say): here
-    that is a scalar, which is checked when it runs. All of this holds for the
-    thread that enters it.
+    here one that is float64 stays so, if it is the model's only one. Both hold
+    for the thread that enters it.
 
     Args:
         model: a compiled Keras model, after its call.
@@ -289,7 +287,7 @@ def losses_as_returned(model: Any) -> Iterator[None]:
 
 def _unless_own(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def scaled(value: Any) -> Any:
-        return scale(value) if _compiled_of_own() is None else value
+        return scale(value) if _may_be_float64() is None else value
 
     return scaled
 
@@ -297,23 +295,24 @@ def _unless_own(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _reduced_as_returned(reduce: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(reduce)
     def reduced(values: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled = _compiled_of_own()
-        if compiled is not None and tf.is_tensor(values):
-            if values.shape.rank is None:
-                values = tf.ensure_shape(values, [], name=_SCALAR)
-            if values.dtype == tf.float64 and compiled:
-                kwargs["dtype"] = compiled[0]._dtype = "float64"
+        if tf.is_tensor(values) and values.shape.rank is None:
+            values = tf.ensure_shape(values, [], name=_SCALAR)
+        for compiled in _may_be_float64() or ():
+            if tf.as_dtype(values.dtype) == tf.float64:
+                kwargs["dtype"] = compiled._dtype = "float64"
         return reduce(values, *args, **kwargs)
 
     return reduced
 
 
-def _compiled_of_own() -> list[Any] | None:
-    """In the scope of `losses_as_returned`: the loss that may be float64."""
+def _may_be_float64() -> list[Any] | None:
+    """Compiled losses that may; `None`: not in `losses_as_returned`."""
     return getattr(_own, "compiled", None)
 
 
-# Once, at import: elsewhere the functions do what they did.
+# Once, at import: elsewhere the functions do what they did. But a loss without
+# a static shape (of `tf.numpy_function`, say), which Keras can't reduce, is a
+# scalar now, in `evaluate` too. Whether it is one is checked when it runs.
 for _name in _SCALES:
     setattr(_loss_module, _name, _unless_own(getattr(_loss_module, _name)))
 setattr(

@@ -13,15 +13,16 @@ from typing import Any
 import tensorflow as tf
 
 try:
+    from tensorflow.python.eager.record import VariableWatcher as _Watcher
     from tensorflow.python.framework import op_callbacks as _op_callbacks
 except ImportError as error:
     raise ImportError(
-        "keras_vo uses a module of TensorFlow that is not public. Expected: "
-        "tensorflow.python.framework.op_callbacks, see `install_requires` of "
-        f"keras_vo. Received: TensorFlow {tf.__version__}"
+        "keras_vo uses names of TensorFlow that are not public. Expected: a "
+        "version of TensorFlow that has them, see `install_requires` of "
+        f"keras_vo. Received: TensorFlow {tf.__version__}, {error}"
     ) from error
 
-__all__ = ["called_for_each_op", "resource_dtype"]
+__all__ = ["called_for_each_op", "resource_dtype", "variables_read"]
 
 
 @contextlib.contextmanager
@@ -53,6 +54,18 @@ def called_for_each_op(
         yield
     finally:
         _op_callbacks.remove_op_callback(called)
+
+
+@contextlib.contextmanager
+def variables_read() -> Iterator[list[Any]]:
+    """A scope; once it is left, its list has the variables read in it.
+
+    Eagerly, by this thread; of those that were made trainable.
+    """
+    variables: list[Any] = []
+    with _Watcher() as watcher:
+        yield variables
+        variables += watcher.watched_variables()
 
 
 def resource_dtype(handle: tf.Tensor) -> tf.DType | None:

@@ -185,13 +185,16 @@ KERAS, UNDIVIDED = (0.5, 2.0), (1.0, 1.0)  # two replicas
 def test_losses_are_undivided_in_the_block_only():
     with mirrored(2).scope():
         assert scaled() == KERAS
-        with keras_compat.undivided_losses():
+        with keras_compat.losses_as_returned(keras.Sequential()):
             assert scaled() == UNDIVIDED
-            with keras_compat.undivided_losses():
+            with keras_compat.losses_as_returned(keras.Sequential()):
                 assert scaled() == UNDIVIDED
             assert scaled() == UNDIVIDED
         assert scaled() == KERAS
-        with pytest.raises(RuntimeError), keras_compat.undivided_losses():
+        with (
+            pytest.raises(RuntimeError),
+            keras_compat.losses_as_returned(keras.Sequential()),
+        ):
             raise RuntimeError
         assert scaled() == KERAS
 
@@ -207,7 +210,7 @@ def test_overlapping_threads_leave_the_scale_as_it_was():
 
     def first():
         with strategy.scope():
-            with keras_compat.undivided_losses():
+            with keras_compat.losses_as_returned(keras.Sequential()):
                 meeting.wait()  # the second has not entered
                 meeting.wait()  # it has
                 seen["first, both inside"] = scaled()
@@ -220,7 +223,7 @@ def test_overlapping_threads_leave_the_scale_as_it_was():
         with strategy.scope():
             meeting.wait()
             seen["second, has not entered"] = scaled()
-            with keras_compat.undivided_losses():
+            with keras_compat.losses_as_returned(keras.Sequential()):
                 meeting.wait()
                 meeting.wait()  # the first has left
                 seen["second, alone inside"] = scaled()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from keras_vo.tensorflow_compat import called_for_each_op
+from keras_vo.tensorflow_compat import called_for_each_op, variables_read
 
 __all__ = ["RANDOM", "EagerEffects", "Effects"]
 
@@ -42,12 +43,15 @@ class Effects:
         read: handles of the variables that it is given from outside.
         assigned: those of them that it may assign.
         random: the types of its random ops that keep a state.
+        random_called: of them, those that may be in a function of its own
+            which it calls (not a branch or a loop).
         python: the types of its ops that call Python.
     """
 
     read: tuple[tf.Tensor, ...]
     assigned: tuple[tf.Tensor, ...]
     random: frozenset[str]
+    random_called: frozenset[str]
     python: frozenset[str]
 
     @classmethod
@@ -80,9 +84,13 @@ class Effects:
                 for op in inside.consumers()
             ):
                 assigned.append(handle)
-        types |= called
+        calls = any(type_.endswith("PartitionedCall") for type_ in types)
         return cls(
-            tuple(read), tuple(assigned), RANDOM & types, _PYTHON & types
+            tuple(read),
+            tuple(assigned),
+            RANDOM & (types | called),
+            RANDOM & called if calls else frozenset(),
+            _PYTHON & (types | called),
         )
 
 
@@ -112,9 +120,14 @@ class EagerEffects:
         """Handles of variables that may have been assigned."""
         return self.set + self.given
 
-    def noted(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
         """A scope: what is done in it is noted."""
-        return called_for_each_op(self._note)
+        with called_for_each_op(self._note), variables_read() as variables:
+            yield
+        # What TensorFlow reads for an op that is given a variable, and what a
+        # function is given: each sees what the other does not.
+        self.read += [variable.handle for variable in variables]
 
     def _note(self, op_type: str, inputs: Any, *_: Any) -> None:
         handles = [tensor for tensor in inputs if tensor.dtype == tf.resource]

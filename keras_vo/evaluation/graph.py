@@ -197,6 +197,7 @@ def _chunk_evaluator(
                 return run(chunk, tf.minimum(plan.chunk, rest))
 
         return in_graph
+
     def eager(index: tf.Tensor, chunk: Noise) -> Found:
         count = min(plan.chunk, plan.directions - int(index) * plan.chunk)
         rows = [

@@ -221,12 +221,11 @@ class Isolation:
                 self._check_read(self._unread)
             if self._inline:
                 # Ops that draw from the seed are left in the graph, unused.
-                _warn_of_random(self._left)
+                _warn_of_random(self._left | effects.random_called)
             else:
                 _warn_of_random(effects.random)
             return
-        read, assigned = set(map(id, effects.read)), map(id, effects.assigned)
-        read -= set(assigned)
+        read = set(map(id, effects.read)) - set(map(id, effects.assigned))
         wrong = [
             name
             for name, handle, unread in zip(
@@ -234,6 +233,8 @@ class Isolation:
             )
             if unread and id(handle) in read
         ]
+        if effects.python and all(self._unread):
+            wrong = self._names  # in Python, it seems
         if wrong:
             raise ValueError(
                 "The objective must compute its loss from the weights that "

@@ -53,8 +53,9 @@ def compiled(
             continue  # a function that needs AutoGraph
         slow = slow or reason
         if not isolation.adapt(effects):
-            if isolation.reason or slow:
-                _announce_slow_path(isolation.reason or slow)
+            why = isolation.reason or slow
+            if why is not None:
+                _announce_slow_path(why)
             return run
 
 

@@ -93,8 +93,9 @@ class LocalReparam(Perturbation):
         """Claims the call, unless it is one that can't be perturbed.
 
         Raises:
-            ValueError: the call is in a loop or in the loss, or a regularizer
-                would read the layer's weights.
+            ValueError: the call is in a loop, in a function of `tf.function`
+                or in the loss, or a regularizer would read the layer's
+                weights.
         """
         if not recording.in_call:
             raise ValueError(
@@ -110,10 +111,11 @@ class LocalReparam(Perturbation):
             raise ValueError(
                 f"Layer {call.name!r}, a LocalReparamDense, is called in a "
                 "loop (a recurrent cell, TimeDistributed, tf.while_loop, "
-                "vectorized_map). Expected: a call with all positions at "
-                "once, as Dense has for inputs of rank 3 and higher, or noise "
-                "of another kind, LowRankDense or Dense. Received: a call in "
-                "the body of a loop"
+                "vectorized_map) or in a function of `tf.function`. Expected: "
+                "a call with all positions at once, as Dense has for inputs "
+                "of rank 3 and higher, in a `call` that is not decorated "
+                "(`fit` compiles it), or noise of another kind, LowRankDense "
+                "or Dense. Received: a call in a graph of its own"
             )
         bias = call.bias
         bias = bias if bias is not None and recording.searches(bias) else None

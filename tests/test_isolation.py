@@ -1,0 +1,651 @@
+"""What users' own code does in a member stays in that member.
+
+Each case stands beside a plain twin, which does the same without the effect.
+"""
+
+import random
+import warnings
+
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_vo
+from keras_vo.evaluation import isolation
+from keras_vo.layers import LocalReparamDense
+
+START = [4.0, -3.0]
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(isolation, "_warned", set())
+
+
+def minimized(objective, graph, variables=None, steps=5):
+    """The trajectory of a search from `START`, and the losses it returned."""
+    variables = variables or [tf.Variable(START)]
+    optimizer = models.make_optimizer("separable", population_size=6)
+
+    def step():
+        return optimizer.minimize(objective(variables), variables)
+
+    step = tf.function(step) if graph else step
+    means, losses = [], []
+    for _ in range(steps):
+        losses.append(float(step()))
+        means.append(np.concatenate([np.ravel(v.numpy()) for v in variables]))
+    return np.array(means), np.array(losses)
+
+
+def squares(tensors):
+    return tf.add_n([tf.reduce_sum(tf.square(t)) for t in tensors])
+
+
+def given(variables):
+    return squares
+
+
+def assigned(variables):
+    def objective(weights):
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.assign(weight)
+        return squares(variables)
+
+    return objective
+
+
+def assigned_in_function(variables):
+    set_and_sum = tf.function(assigned(variables))
+    return lambda weights: set_and_sum(weights)
+
+
+def assigned_in_part(variables):
+    def objective(weights):
+        variables[0].scatter_nd_update([[0], [1]], weights[0])
+        return squares(variables)
+
+    return objective
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    "objective", [assigned, assigned_in_function, assigned_in_part]
+)
+def test_an_objective_that_sets_the_weights(objective, graph):
+    """The mean is put back: the same trajectory, to the bit."""
+    for got, want in zip(
+        minimized(objective, graph), minimized(given, graph), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("how", ["set_weights", "assign"])
+def test_an_objective_that_sets_the_weights_of_a_model(how, graph):
+    x, y = models.make_data()
+
+    def run(own):
+        model = models.make_model()
+        variables = model.trainable_variables
+
+        def loss():
+            predicted = model(x)
+            return tf.reduce_mean(
+                keras.losses.sparse_categorical_crossentropy(y, predicted)
+            )
+
+        def pure(_):
+            def objective(weights):
+                pairs = zip(variables, weights, strict=True)
+                with keras.StatelessScope(list(pairs)):
+                    return loss()
+
+            return objective
+
+        def sets(_):
+            def objective(weights):
+                if how == "set_weights" and not graph:
+                    model.set_weights(weights)
+                else:
+                    for variable, weight in zip(
+                        variables, weights, strict=True
+                    ):
+                        variable.assign(weight)
+                return loss()
+
+            return objective
+
+        return minimized(sets if own else pure, graph, variables, steps=3)
+
+    got, want = run(True), run(False)
+    if graph:  # one member after another: sums of another order
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(got[0], want[0])
+
+
+def test_other_variables_of_an_objective_are_its_own():
+    """An objective may count its evaluations, in a graph as eagerly."""
+    for graph in (False, True):
+        count = tf.Variable(0)
+
+        def counting(_, count=count):
+            def objective(weights):
+                count.assign_add(1)
+                return squares(weights)
+
+            return objective
+
+        minimized(counting, graph, steps=2)
+        assert count.numpy() == 2 * 6
+
+
+def reads_the_mean(variables):
+    return lambda weights: squares(variables)
+
+
+def reads_one_of_two(variables):
+    return lambda weights: squares([weights[0], variables[1]])
+
+
+def reads_in_function(variables):
+    function = tf.function(lambda: squares(variables))
+    function()
+    return lambda weights: function()
+
+
+def reads_in_python(variables):
+    return lambda weights: tf.ensure_shape(
+        tf.py_function(lambda: squares(variables), [], tf.float32), []
+    )
+
+
+@pytest.mark.parametrize(
+    "objective", [reads_the_mean, reads_one_of_two, reads_in_python]
+)
+def test_an_objective_that_reads_the_mean_is_refused_in_a_graph(objective):
+    variables = [tf.Variable([1.0], name="a"), tf.Variable(START, name="b")]
+    before = [v.numpy() for v in variables]
+    with pytest.raises(ValueError, match=r"reads \[.*'b:0'\], which hold the"):
+        minimized(objective, True, variables)
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("objective", [reads_the_mean, reads_in_function])
+def test_an_objective_that_reads_the_mean_is_told_eagerly(objective):
+    with pytest.warns(UserWarning, match="exactly the same loss"):
+        minimized(objective, False, steps=1)
+
+
+def test_an_objective_may_read_the_mean_beside_the_weights():
+    """A penalty on the distance to the mean, say; nothing is said."""
+
+    def near(variables):
+        return lambda weights: (
+            squares(weights) + 5.0 * squares([weights[0] - 2.0 * variables[0]])
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eager = minimized(near, False)
+        graph = minimized(near, True)
+    np.testing.assert_allclose(eager[0], graph[0], rtol=1e-5)
+    assert not np.array_equal(eager[0], minimized(given, False)[0])
+
+
+# Models with functions that are traced for the mean network.
+
+
+class Plain(keras_vo.VOModel):
+    def __init__(self, layer=keras.layers.Dense):
+        super().__init__()
+        self.hidden = layer(5, activation="relu")
+        self.out = layer(models.CLASSES, activation="softmax")
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+
+class FunctionCall(Plain):
+    @tf.function
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+
+class FunctionOfAutoGraph(Plain):
+    @tf.function
+    def call(self, inputs):
+        if tf.reduce_sum(inputs) > 1e9:
+            inputs = 2.0 * inputs
+        return self.out(self.hidden(inputs))
+
+
+class FunctionHelper(Plain):
+    def __init__(self):
+        super().__init__()
+        self.helper = tf.function(lambda inputs: self.hidden(inputs))
+
+    def call(self, inputs):
+        return self.out(self.helper(inputs))
+
+
+class FunctionSubmodel(Plain):
+    def __init__(self):
+        super().__init__()
+        self.fast = tf.function(self.hidden, jit_compile=True)
+
+    def call(self, inputs):
+        return self.out(self.fast(inputs))
+
+
+class FunctionDense(keras.layers.Dense):
+    @tf.function
+    def call(self, inputs):
+        return super().call(inputs)
+
+
+class FunctionLayers(Plain):
+    def __init__(self):
+        super().__init__(FunctionDense)
+
+
+class FunctionLoss(Plain):
+    @tf.function
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return super().compute_loss(x, y, y_pred, sample_weight)
+
+
+class Concrete(Plain):
+    """Has what `get_concrete_function` returns, as a loaded model has."""
+
+    traced = None
+
+    def call(self, inputs):
+        hidden = self.hidden if self.traced is None else self.traced
+        return self.out(hidden(inputs))
+
+    def build_own(self):
+        spec = tf.TensorSpec([None, models.FEATURES])
+        self.traced = tf.function(self.hidden).get_concrete_function(spec)
+
+
+class GetWeights(Plain):
+    """Evaluates its weights in NumPy."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        def loss(x, y):
+            kernel, bias, *out = self.get_weights()
+            logits = np.maximum(x @ kernel + bias, 0) @ out[0] + out[1]
+            largest = logits.max(-1, keepdims=True)
+            total = largest[:, 0] + np.log(np.exp(logits - largest).sum(-1))
+            right = np.take_along_axis(logits, y.astype(int), -1)[:, 0]
+            return np.float32(np.mean(total - right))
+
+        return tf.numpy_function(loss, [x, y], tf.float32)
+
+
+TWINS = [
+    FunctionCall,
+    FunctionOfAutoGraph,
+    FunctionHelper,
+    FunctionSubmodel,
+    FunctionLayers,
+    FunctionLoss,
+    Concrete,
+    GetWeights,
+]
+
+
+def fitted(cls, eager=False, build=True):
+    keras.utils.set_random_seed(1)
+    model = cls()
+    x, y = models.make_data()
+    if build:
+        model(x[:2])
+    if hasattr(model, "build_own"):
+        model.build_own()
+    model.compile(
+        optimizer=models.make_optimizer(),
+        loss="sparse_categorical_crossentropy",
+        run_eagerly=eager,
+    )
+    history = models.fit(model, x, y)
+    return history["population_loss"], model.get_weights()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return fitted(Plain)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("cls", TWINS)
+def test_functions_see_the_members_weights(cls, eager, plain):
+    population_loss, weights = fitted(cls, eager)
+    np.testing.assert_allclose(population_loss, plain[0], rtol=1e-4)
+    for got, want in zip(weights, plain[1], strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("cls", [FunctionCall, FunctionLayers])
+def test_a_function_traced_before_the_weights_is_refused(cls, eager):
+    """Keras itself finds "no gradients for any variable" there."""
+    with pytest.raises(ValueError, match=r"(?s)depends on the weights.*build"):
+        fitted(cls, eager, build=False)
+
+
+class Unused(Plain):
+    def build(self, shape):
+        self.head = keras.layers.Dense(2)
+        self.head.build(shape)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_weights_that_no_loss_depends_on(eager):
+    with pytest.warns(UserWarning, match="does not depend on the weights") as w:
+        fitted(Unused, eager)
+    assert len(w) == 1 and "head" not in str(w[0].message).split("(")[1]
+
+
+def test_local_noise_in_a_function_is_refused():
+    with pytest.raises(ValueError, match="in a function of `tf.function`"):
+        fitted(lambda: FunctionCall(LocalReparamDense))
+
+
+# Random numbers that are no SeedGenerator's.
+
+
+class Own(keras.layers.Layer):
+    """A layer with randomness of its own."""
+
+    def __init__(self, draw, **kwargs):
+        super().__init__(**kwargs)
+        self.draw = draw
+
+    def call(self, inputs):
+        return self.draw(inputs)
+
+
+def numpys(x):
+    return np.random.normal(size=x.shape).astype("float32")
+
+
+def pythons(x):
+    return np.float32(random.random()) + 0 * x
+
+
+def in_python(function):
+    def draw(x):
+        return x + tf.ensure_shape(
+            tf.numpy_function(function, [x], tf.float32), x.shape
+        )
+
+    return draw
+
+
+def in_branch(x):
+    return tf.cond(
+        tf.reduce_sum(x) < 1e9,
+        lambda: x + tf.random.normal(tf.shape(x)),
+        lambda: x,
+    )
+
+
+def of_generator():
+    generator = tf.random.Generator.from_seed(1)
+    return lambda x: x + generator.normal(tf.shape(x))
+
+
+def gumbel(x):
+    return x - tf.math.log(1e-6 - tf.math.log(tf.random.uniform(tf.shape(x))))
+
+
+def of_parameters(x):
+    rate = tf.abs(x) + 1.0
+    return (
+        x
+        + tf.random.poisson([], rate)
+        + tf.random.gamma([2], rate)[0]
+        + tf.cast(tf.random.categorical(x, models.FEATURES), x.dtype)
+    )
+
+
+RANDOM = {
+    "normal": lambda: lambda x: x + tf.random.normal(tf.shape(x)),
+    "truncated": lambda: lambda x: x + tf.random.truncated_normal(tf.shape(x)),
+    "dropout": lambda: lambda x: tf.nn.dropout(x, 0.5),
+    "gumbel": lambda: gumbel,
+    "shuffle": lambda: tf.random.shuffle,
+    "integers": lambda: (
+        lambda x: (
+            x + tf.cast(tf.random.uniform(tf.shape(x), 0, 5, tf.int32), x.dtype)
+        )
+    ),
+    "parameters": lambda: of_parameters,
+    "generator": of_generator,
+    "branch": lambda: in_branch,
+    "function": lambda: tf.function(
+        lambda x: x + tf.random.normal(tf.shape(x))
+    ),
+    "numpy": lambda: in_python(numpys),
+    "python": lambda: in_python(pythons),
+}
+TINY = 1e-6  # a standard deviation that by itself changes losses by less
+
+
+def spread(layers, eager=False, generation=0, loss="mse"):
+    """Of members' losses in a step of a search that hardly moves; their mean.
+
+    From other states of TensorFlow's, NumPy's and Python's own randomness each
+    time.
+    """
+    distribution = keras_vo.GaussianSearchDistribution("fixed", stddev=TINY)
+    keras.utils.set_random_seed(1)
+    model = models.make_model(
+        [*layers, keras.layers.Dense(models.FEATURES)],
+        models.make_optimizer(distribution),
+        loss=loss,
+        run_eagerly=eager,
+    )
+    model.optimizer.generations.assign(generation)
+    losses = []
+    take_step = model.optimizer.take_step
+
+    def spy(*args, **kwargs):
+        report = take_step(*args, **kwargs)
+        losses.append(report.losses)
+        return report
+
+    model.optimizer.take_step = spy
+    x, _ = models.make_data()
+    tf.random.set_seed(int.from_bytes(random.SystemRandom().randbytes(3)))
+    np.random.seed()
+    random.seed()
+
+    def step(data):
+        model.train_step(data)
+        return losses[-1]
+
+    step = step if eager else tf.function(step, autograph=False)
+    found = step((tf.constant(x), tf.constant(x))).numpy()
+    return np.ptp(found) / np.mean(found), np.mean(found)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_members_draw_the_same_and_so_does_a_resumed_run(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        difference, mean = spread([Own(RANDOM[name]())])
+        again = spread([Own(RANDOM[name]())])
+        later = spread([Own(RANDOM[name]())], generation=1)
+    assert difference < 1e-3
+    np.testing.assert_allclose(again[1], mean, rtol=1e-5)
+    assert abs(later[1] - mean) > 1e-4 * mean
+
+
+def test_a_loss_that_is_weighted_at_random():
+    def loss(y_true, y_pred):
+        square = tf.reduce_mean(tf.square(y_true - y_pred), axis=-1)
+        return tf.random.uniform([]) * square
+
+    assert spread([], loss=loss)[0] < 1e-3
+
+
+def repeated(x):
+    return tf.while_loop(
+        lambda i, _: i < 3,
+        lambda i, x: (i + 1, x + tf.random.normal(tf.shape(x))),
+        [0, x],
+    )[1]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_differs_from_member_to_member_is_named_once(eager):
+    """In a loop, in a function that was traced before, and eagerly."""
+    spec = tf.TensorSpec([None, models.FEATURES])
+    traced = tf.function(
+        lambda x: x + tf.random.uniform(tf.shape(x))
+    ).get_concrete_function(spec)
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            difference, _ = spread([Own(repeated), Own(traced)], eager)
+    assert difference > 1e-3
+    ops = [str(w.message).split()[2] for w in warned]
+    # Eagerly, what a traced function draws is not seen.
+    assert ops == ["RandomStandardNormal", "RandomUniform"][: 1 if eager else 2]
+    assert all("SeedGenerator" in str(w.message) for w in warned)
+
+
+def test_the_state_of_python_and_numpy_goes_on():
+    """As if members had drawn nothing: what the mean's pass drew remains."""
+
+    def after(population_size):
+        model = models.make_model(
+            [Own(in_python(numpys)), keras.layers.Dense(3)],
+            models.make_optimizer(population_size=population_size),
+        )
+        np.random.seed(5)
+        random.seed(5)
+        models.fit(model)
+        return np.random.normal(), random.random()
+
+    assert after(4) == after(8)
+
+
+# Variables that Keras does not know.
+
+
+class Counts(keras.layers.Layer):
+    """Counts its calls, and returns more the more it has counted."""
+
+    def __init__(self, raw):
+        super().__init__()
+        make = tf.Variable if raw else keras.Variable
+        self.count = make(0.0, trainable=False)
+
+    def call(self, inputs):
+        self.count.assign_add(1.0)
+        return inputs * (1.0 + 0.1 * tf.convert_to_tensor(self.count))
+
+
+class CountingLoss(keras.losses.Loss):
+    def __init__(self, raw):
+        super().__init__()
+        self.count = (tf.Variable if raw else keras.Variable)(0.0)
+
+    def call(self, y_true, y_pred):
+        self.count.assign_add(1.0)
+        return keras.losses.sparse_categorical_crossentropy(y_true, y_pred)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("where", ["layer", "loss", "function"])
+def test_counters_count_steps_not_members(where, eager):
+    def run(raw):
+        layer, loss = Counts(raw), CountingLoss(raw)
+        if where == "function" and raw:
+            count = tf.function(lambda: layer.count.assign_add(1.0))
+            layer.call = lambda inputs: (
+                count(),
+                inputs * (1.0 + 0.1 * layer.count),
+            )[1]
+        model = models.make_model(
+            [*([] if where == "loss" else [layer]), *models.make_layers()],
+            loss=loss if where == "loss" else "sparse_categorical_crossentropy",
+            run_eagerly=eager,
+        )
+        layer.count.assign(0.0)
+        loss.count.assign(0.0)
+        history = models.fit(model)
+        counted = loss.count if where == "loss" else layer.count
+        return float(counted.numpy()), history["population_loss"]
+
+    assert run(True)[0] == run(False)[0] == 6  # two epochs of three batches
+    if where == "loss":
+        np.testing.assert_allclose(run(True)[1], run(False)[1], rtol=1e-5)
+
+
+def test_both_members_of_a_pair_see_the_same_count():
+    """With sigma so small, their losses differ by what they count only."""
+    assert spread([Counts(raw=True)])[0] < 1e-3
+
+
+def test_two_replicas_keep_their_members_apart():
+    """The sum over replicas of what one replica does: a loss of halves."""
+
+    def run(strategy, cls):
+        with models.scope(strategy):
+            keras.utils.set_random_seed(1)
+            model = cls()
+            x, y = models.make_data()
+            model(x[:2])
+            model.compile(
+                optimizer=models.make_optimizer(),
+                loss="sparse_categorical_crossentropy",
+            )
+        return models.fit(model, x, y)["population_loss"]
+
+    strategy = models.mirrored(2)
+    np.testing.assert_allclose(
+        run(strategy, FunctionOfAutoGraph), run(strategy, Plain), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        run(strategy, FunctionCall), run(strategy, Plain), rtol=1e-4
+    )
+
+
+# Programs that are called.
+
+
+def test_calls_of_a_program_never_overlap_and_are_no_more_than_members():
+    running, most, calls = 0, 0, 0
+
+    def program(weights):
+        nonlocal running, most, calls
+        running, calls = running + 1, calls + 1
+        most = max(most, running)
+        tf.linalg.inv(np.eye(200) + 1.0)  # lets other threads run
+        running -= 1
+        return np.float32(np.sum(weights**2))
+
+    for size, chunk in [(10, 3), (130, 4), (8, None)]:
+        optimizer = models.make_optimizer(
+            population_size=size, chunk_size=chunk
+        )
+        w = tf.Variable(START)
+
+        @tf.function
+        def step(w=w, optimizer=optimizer):
+            return optimizer.minimize(
+                lambda ws: tf.numpy_function(program, ws, tf.float32), [w]
+            )
+
+        calls = 0
+        step()
+        assert calls == size
+    assert most == 1
