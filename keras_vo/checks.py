@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import warnings
 from typing import Any
 
 import keras
@@ -26,6 +27,7 @@ __all__ = [
     "checked_seed",
     "checked_size",
     "variable_name",
+    "warn_of_blurred",
 ]
 
 
@@ -173,6 +175,27 @@ def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
         )
     losses = {k: tf.cast(v, dtype) for k, v in by_level.items() if k != MEMBER}
     return {MEMBER: checked_scalar(by_level[MEMBER], dtype), **losses}
+
+
+_warned_of_blurred = False
+
+
+def warn_of_blurred(where: str) -> None:
+    """Says once that members' losses can't be told apart.
+
+    Args:
+        where: when it was.
+    """
+    global _warned_of_blurred
+    if not _warned_of_blurred:
+        _warned_of_blurred = True
+        warnings.warn(
+            f"The members' losses differ, {where}, by no more than what "
+            "rounding does to numbers of their size: they can't be ranked. "
+            "Expected: a loss without a large constant, or one in float64. "
+            "(Or sigma is too small.)",
+            stacklevel=2,
+        )
 
 
 def check_batch(values: tf.Tensor, inputs: tf.Tensor, requirement: str) -> None:

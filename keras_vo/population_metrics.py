@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo.search.credit import Generation
+from keras_vo.checks import warn_of_blurred
+from keras_vo.search.credit import Generation, is_blurred
 
 __all__ = ["PopulationMetrics"]
 
@@ -45,6 +46,9 @@ class PopulationMetrics:
         self.loss = _PopulationMean(name="population_loss")
         self.nonfinite = _PopulationSum(name="nonfinite_members")
 
+        # Of steps; no entry of the log.
+        self._blurred = _PopulationSum(name="blurred_generations")
+
     def update(self, generation: Generation, examples: tf.Tensor) -> None:
         """Takes a generation in.
 
@@ -59,6 +63,9 @@ class PopulationMetrics:
             sample_weight=tf.where(finite, tf.cast(examples, tf.float32), 0.0),
         )
         self.nonfinite.update_state(generation.nonfinite_members)
+        self._blurred.update_state(
+            tf.cast(is_blurred(generation.losses), tf.float32)
+        )
 
     def as_list(self) -> list[Any]:
         return [self.loss, self.nonfinite]
@@ -68,5 +75,12 @@ class PopulationMetrics:
         return {metric.name: metric.result() for metric in self.as_list()}
 
     def reset(self) -> None:
-        for metric in self.as_list():
+        """Begins an epoch."""
+        self.warn_if_blurred()
+        for metric in [*self.as_list(), self._blurred]:
             metric.reset_state()
+
+    def warn_if_blurred(self) -> None:
+        """Says, at an end of an epoch, if losses could not be told apart."""
+        if tf.executing_eagerly() and float(self._blurred.result()) > 0:
+            warn_of_blurred(f"in {float(self._blurred.result()):.0f} steps")

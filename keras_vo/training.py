@@ -61,6 +61,8 @@ class VOTrainStep(ModelFiles):
 
     jit_compile: bool  # Keras's property
     _by_example = False
+    # Whether the variables may hold a member's weights during a step.
+    _holds_members = True
 
     @tf.autograph.experimental.do_not_convert  # as in Keras's `fit`
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class VOTrainStep(ModelFiles):
             isolation=isolation,
             jit_compile=self.jit_compile,
         )
+        self._holds_members = isolation.holds
         self._population_metrics.update(
             Generation.of(report.losses), report.examples
         )
@@ -183,7 +186,9 @@ class VOTrainStep(ModelFiles):
             )
             args, kwargs = (), with_callback(reset, args, kwargs)
         try:
-            return super().fit(*args, **kwargs)
+            history = super().fit(*args, **kwargs)
+            self._population_metrics.warn_if_blurred()
+            return history
         finally:
             optimizer = find_vo_optimizer(getattr(self, "optimizer", None))
             observer = getattr(optimizer, "observer", None)
@@ -251,7 +256,17 @@ class VOTrainStep(ModelFiles):
                 layer.built for layer in layers_of(self)
             ):
                 self._build_vo_optimizer()
-            return function(iterator)
+            if not self._holds_members:
+                return function(iterator)
+            variables = self.trainable_variables
+            means = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
+            try:
+                return function(iterator)
+            except BaseException:
+                if self._holds_members:
+                    for variable, mean in zip(variables, means, strict=True):
+                        variable.assign(mean)
+                raise
 
         return train_function
 

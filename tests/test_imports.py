@@ -38,7 +38,7 @@ ROOMS = {
     "exchange": {"replicas"},
     "saved_search": set(),
     "layer_state": {"search", "keras_compat"},
-    "population_metrics": {"search"},
+    "population_metrics": {"search", "checks"},
     "search_variables": None,
     "search_steps": None,
     "optimizer": None,

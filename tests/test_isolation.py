@@ -197,6 +197,24 @@ def test_an_objective_may_read_the_mean_beside_the_weights():
     assert not np.array_equal(eager[0], minimized(given, False)[0])
 
 
+class Stop(BaseException):
+    pass
+
+
+def test_an_objective_that_fails_loses_no_mean():
+    """Eagerly, whatever it raises: Ctrl-C too."""
+    w = tf.Variable(START)
+    optimizer = models.make_optimizer("separable")
+
+    def objective(weights):
+        w.assign(weights[0])
+        raise Stop
+
+    with pytest.raises(Stop):
+        optimizer.minimize(objective, [w])
+    np.testing.assert_array_equal(w.numpy(), START)
+
+
 # Models with functions that are traced for the mean network.
 
 
@@ -329,6 +347,32 @@ def test_functions_see_the_members_weights(cls, eager, plain):
     np.testing.assert_allclose(population_loss, plain[0], rtol=1e-4)
     for got, want in zip(weights, plain[1], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_program_that_fails_leaves_the_mean(eager):
+    """It fails in a member, while the variables hold the member's weights."""
+    calls = 0
+
+    def loss(y_true, y_pred):
+        def program(y):
+            nonlocal calls
+            calls += 1
+            if calls == 12:  # of 9 in a step
+                raise RuntimeError("the program has failed")
+            return np.float32(calls)
+
+        return tf.numpy_function(program, [y_pred], tf.float32)
+
+    model = models.make_model(loss=loss, run_eagerly=eager)
+    x, y = models.make_data()
+    model.train_on_batch(x, y)
+    before = model.get_weights()
+    with pytest.raises(Exception, match="the program has failed"):
+        model.train_on_batch(x, y)
+    for got, want in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(got, want)
+    model.train_on_batch(x, y)
 
 
 @pytest.mark.parametrize("eager", [False, True])

@@ -10,6 +10,8 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
+from keras_vo import checks
+from keras_vo.search import credit
 
 START = [4.0, -3.0]
 
@@ -164,6 +166,40 @@ def test_a_model_with_an_offset_in_its_loss(name, eager):
     ):
         # Ranks of losses that differ by less than 1e-8 may.
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def narrow(y_true, y_pred):
+    return mean_square(y_true, y_pred) + 1e8  # in steps of 8
+
+
+@pytest.mark.parametrize("how", ["fit", "minimize"])
+def test_what_float32_has_lost_already_is_said(how, monkeypatch):
+    monkeypatch.setattr(checks, "_warned_of_blurred", False)
+    with pytest.warns(UserWarning, match="by no more than what rounding") as w:
+        if how == "fit":
+            trained(narrow)
+        else:
+            minimized(lambda w: 1e8 + tf.reduce_sum(w**2))
+    assert len(w) == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "blurred"),
+    [
+        ([1e8, 1e8 + 8], True),
+        ([1e8, 1e8], True),
+        ([1e8, 1e8 + 1000], False),
+        ([0.25, 0.25], False),  # a plateau of a 0-1 error
+        ([0.25, 0.375], False),
+        ([1.0, np.inf], False),
+        ([np.inf, np.inf], False),
+        ([np.nan, np.nan], False),
+        ([1.0, 1.0000001], True),
+    ],
+)
+def test_which_losses_are_too_close(losses, blurred):
+    assert bool(credit.is_blurred(tf.constant(losses))) == blurred
+    assert not credit.is_blurred(tf.constant([1e8, 1e8 + 8], tf.float64))
 
 
 def test_replicas_compare_in_the_precision_that_came():

@@ -34,6 +34,7 @@ from keras_vo import checks
 from keras_vo.evaluation.effects import EagerEffects, Effects
 from keras_vo.evaluation.random_ops import common_random_numbers
 from keras_vo.search import noise
+from keras_vo.search.credit import is_blurred
 from keras_vo.tensorflow_compat import resource_dtype
 
 __all__ = ["Isolation"]
@@ -54,6 +55,7 @@ class Isolation:
 
     Attributes:
         serial: whether members are evaluated one after another.
+        holds: whether the variables have the member's weights meanwhile.
         reason: why they are, for a message; `None`: for an op's sake.
         after: tensors that are computed before the first member is evaluated,
             if members are serial.
@@ -74,7 +76,7 @@ class Isolation:
         self.full: Sequence[int] = range(len(self._handles))
         self._inline = False
         self._may_inline = not eager
-        self._holds = self._seeds_python = eager and seed is not None
+        self.holds = self._seeds_python = eager and seed is not None
         self._saved: dict[int, tuple[tf.Tensor, tf.Tensor]] = {}
         self._unread = [False] * len(self._handles)
         self._left: set[str] = set()
@@ -116,10 +118,10 @@ class Isolation:
             return True
         holds = of_model and bool(reads or effects.python)
         serial = bool(effects.assigned or effects.python or holds)
-        if serial <= self.serial and holds <= self._holds:
+        if serial <= self.serial and holds <= self.holds:
             self._finish(effects)
             return False
-        self.serial, self._holds = serial, holds
+        self.serial, self.holds = serial, holds
         self._seeds_python = of_model and bool(effects.python)
         if effects.assigned:
             self.reason = (
@@ -170,7 +172,12 @@ class Isolation:
             if tf.executing_eagerly() and self._noted is None:
                 self._noted = EagerEffects()
                 scopes.enter_context(self._noted.noted())
-            outcome = member(*args)
+            try:
+                outcome = member(*args)
+            except BaseException:
+                if tf.executing_eagerly():
+                    self._restore()
+                raise
         with tf.control_dependencies(tf.nest.flatten(outcome)):
             restored = self._restore()
         with tf.control_dependencies(restored):
@@ -180,7 +187,7 @@ class Isolation:
     def objective(self, weights: Sequence[tf.Tensor]) -> Iterator[None]:
         """The scope in which a member's objective is called with `weights`."""
         held: list[Any] = []
-        if self._holds:
+        if self.holds:
             held = [
                 _assign(handle, tf.cast(weight, resource_dtype(handle)))
                 for handle, weight in zip(self._handles, weights, strict=True)
@@ -198,6 +205,8 @@ class Isolation:
         noted = self._noted
         if noted is None or self._seed is not None:
             return
+        if bool(is_blurred(losses)):
+            checks.warn_of_blurred("in a step")
         read, assigned = ({id(h) for h in hs} for hs in (noted.read, noted.set))
         names = [
             name
@@ -217,7 +226,7 @@ class Isolation:
     def _finish(self, effects: Effects) -> None:
         """Says what can't be helped."""
         if self._seed is not None:
-            if not self._holds:
+            if not self.holds:
                 self._check_read(self._unread)
             if self._inline:
                 # Ops that draw from the seed are left in the graph, unused.

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from keras_vo.search.chunks import Noise, NoiseSource, sum_over_chunks
@@ -33,6 +34,7 @@ __all__ = [
     "Rows",
     "Shaping",
     "example_utilities",
+    "is_blurred",
     "narrowed",
     "pool",
     "shaped_where_known",
@@ -220,6 +222,28 @@ def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:
         known=tf.cast(pooled.known, dtype),
         examples=tf.cast(pooled.examples, dtype),
     )
+
+
+def is_blurred(losses: tf.Tensor) -> tf.Tensor:
+    """Whether losses are too close to each other for their precision.
+
+    They are if all lie within 64 of the smallest steps at their size. Equal
+    ones are a plateau, unless they are float32 and larger than a loss should
+    be (1e6).
+
+    Args:
+        losses: of members [N]; those that are not finite do not count.
+    """
+    finite = tf.math.is_finite(losses)
+    zero = tf.zeros([], losses.dtype)
+    size = tf.reduce_max(tf.where(finite, tf.abs(losses), zero))
+    high = tf.reduce_max(tf.where(finite, losses, losses.dtype.min))
+    low = tf.reduce_min(tf.where(finite, losses, losses.dtype.max))
+    step = tf.constant(np.finfo(losses.dtype.as_numpy_dtype).eps, losses.dtype)
+    close = high - low <= 64 * step * size
+    if losses.dtype.size > 4:
+        return close & (high > low)
+    return close & ((high > low) | (size > 1e6))
 
 
 def _baseline(outcomes: Outcomes, losses: tf.Tensor) -> tf.Tensor:
