@@ -80,7 +80,8 @@ class LocalReparamDense(PerturbedDense):
     returns a tensor [batch]. Losses of the whole batch only (`add_loss`,
     activity regularizers, F1 over the batch) and regularizers of this layer's
     own weights are refused, as no gradient would come of them; for weight
-    decay, set `weight_decay` of the inner optimizer.
+    decay, set `weight_decay` of the inner optimizer. Constraints of its
+    weights are refused too: no member has weights of its own.
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
@@ -126,8 +127,9 @@ class LowRankDense(PerturbedDense):
     noise. The bias is perturbed as any other weight. Where each weight has a
     variance of its own ("separable"), a step moves log sigma^2 of the kernel
     by a term for each row and one for each column. The gradients are in
-    `keras_vo.perturbations.low_rank`. (A regularizer of the kernel reads the
-    perturbed kernel, which is then formed.)
+    `keras_vo.perturbations.low_rank`. (A regularizer or a constraint of the
+    kernel reads the perturbed kernel, which is then formed; with a constraint
+    members share no product.)
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the

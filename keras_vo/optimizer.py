@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo import checks
+from keras_vo import checks, constraints
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
@@ -55,7 +55,9 @@ class VOOptimizer(SearchSteps):
 
     by search gradients: each step draws `population_size` weights around the
     model's own (mu), evaluates their losses, and moves mu and sigma towards
-    the better ones. Neither f nor the network is ever differentiated.
+    the better ones. Neither f nor the network is ever differentiated. Of
+    variables with a `constraint`, members have weights that satisfy it, and so
+    has the model after each step: see `keras_vo.constraints`.
 
     Compile it into a `VOModel`, `VOSequential`, a subclass of `VOTrainStep`
     or a model given to `make_variational`; or call `minimize`.
@@ -220,7 +222,9 @@ class VOOptimizer(SearchSteps):
         """What does not change from step to step, for these weights."""
         rules = self.search_distribution.rules(variables, self.population_size)
         if self.max_kl is not None:
-            rules.append(MaxKL(self.max_kl))
+            layout = self.search_distribution.layout(variables)
+            project = constraints.projection(variables, layout)
+            rules.append(MaxKL(self.max_kl, project))
         return Settings(
             self.population_size,
             self.antithetic,

@@ -21,7 +21,8 @@ ROOMS = {
     "fitness_shaping": set(),
     "search": set(),
     "checks": {"search"},
-    "perturbations": {"search", "keras_compat", "checks"},
+    "constraints": {"search"},
+    "perturbations": {"search", "keras_compat", "checks", "constraints"},
     "evaluation": {
         "search",
         "perturbations",

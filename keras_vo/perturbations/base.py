@@ -169,6 +169,9 @@ class Perturbation:
     ) -> tuple[Mapping[int, tf.Tensor], Any]:
         """The weights of a member, by index, and what `call` needs of it.
 
+        Constraints are applied to them afterwards. They are the values of the
+        variables in the member's pass.
+
         Args:
             noise: of one direction.
             sign: +1, or -1 for the mirrored member.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from keras_vo import checks
+from keras_vo.constraints import constraint_of
 from keras_vo.keras_compat import mask_of
 from keras_vo.perturbations import graph_ops
 from keras_vo.perturbations.base import (
@@ -95,7 +96,7 @@ class LocalReparam(Perturbation):
         Raises:
             ValueError: the call is in a loop, in a function of `tf.function`
                 or in the loss, or a regularizer would read the layer's
-                weights.
+                weights, or a constraint project them.
         """
         if not recording.in_call:
             raise ValueError(
@@ -119,17 +120,7 @@ class LocalReparam(Perturbation):
             )
         bias = call.bias
         bias = bias if bias is not None and recording.searches(bias) else None
-        weight: Any
-        for weight in (call.kernel, bias):
-            if getattr(weight, "regularizer", None) is not None:
-                raise ValueError(
-                    f"Layer {call.name!r}, a LocalReparamDense, must have no "
-                    "regularizer of its weights: its activations are "
-                    "perturbed, not its weights, so that no search gradient "
-                    "would reach them. Expected: `weight_decay` of the inner "
-                    "optimizer instead. Received: "
-                    f"{weight.path!r} with {weight.regularizer!r}"
-                )
+        _check_weights(call.name, [call.kernel, bias])
         mask = mask_of(call.inputs)
         if mask is not None and mask.shape.rank != call.inputs.shape.rank - 1:
             mask = None
@@ -270,6 +261,29 @@ class LocalReparam(Perturbation):
                 mean = scale * sums[f"mean/{number}/{i}"]
                 fisher = scale * sums[f"fisher/{number}/{i}"]
                 yield VariableGradient(i, mean, beta, fisher)
+
+
+def _check_weights(layer: str, weights: Sequence[Any]) -> None:
+    """Raises where the weights of members, which have none, would be read."""
+    for weight in weights:
+        if getattr(weight, "regularizer", None) is not None:
+            raise ValueError(
+                f"Layer {layer!r}, a LocalReparamDense, must have no "
+                "regularizer of its weights: its activations are "
+                "perturbed, not its weights, so that no search gradient "
+                "would reach them. Expected: `weight_decay` of the inner "
+                "optimizer instead. Received: "
+                f"{weight.path!r} with {weight.regularizer!r}"
+            )
+        if constraint_of(weight) is not None:
+            raise ValueError(
+                f"Layer {layer!r}, a LocalReparamDense, must have no "
+                "constraint of its weights: its activations are perturbed, "
+                "and no member has weights that could satisfy it. Expected: "
+                "LowRankDense or Dense for this layer, whose members' weights "
+                "are projected. Received: "
+                f"{weight.path!r} with {constraint_of(weight)!r}"
+            )
 
 
 def _size(tensor: tf.Tensor) -> Any:

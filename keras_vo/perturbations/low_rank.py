@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from keras_vo.constraints import constraint_of
 from keras_vo.perturbations.base import (
     DenseCall,
     Perturbation,
@@ -224,11 +225,12 @@ class LowRank(Perturbation):
         self.noise_size = sum(kernel.size for kernel in self._kernels)
 
     def activation_bytes(self, signs: int) -> int:
-        """The perturbed kernels that regularizers read."""
+        """The perturbed kernels that regularizers and constraints read."""
         return signs * sum(
             kernel.mean.shape.num_elements() * kernel.stddev.dtype.size
             for kernel in self._kernels
-            if getattr(kernel.variable, "regularizer", None) is not None
+            if getattr(kernel.variable, "regularizer", None)
+            or constraint_of(kernel.variable)
         )
 
     def member(
@@ -237,13 +239,9 @@ class LowRank(Perturbation):
         weights, products = {}, {}
         for kernel, (left, right) in self._factors(noise.weights):
             right = sign * right
-            products[id(kernel.variable)] = (
-                kernel.mean,
-                kernel.stddev,
-                left,
-                right,
-            )
-            # Read by what is not a call of the layer (a regularizer).
+            factors = (kernel.mean, kernel.stddev, left, right)
+            products[id(kernel.variable)] = factors
+            # Read by a regularizer, a constraint.
             change = kernel.stddev * kernel_noise(left, right)
             mean = kernel.mean
             weights[kernel.index] = mean + tf.cast(change, mean.dtype)
@@ -252,8 +250,12 @@ class LowRank(Perturbation):
     def call(
         self, call: DenseCall, state: Any, evaluation: Evaluation
     ) -> tf.Tensor:
-        """x (W + sigma E) for the member's noise E."""
-        if id(call.kernel) not in state:  # no call in the mean network
+        """x (W + sigma E) for the member's noise E.
+
+        With a constraint, x P(W + sigma E): the kernel has to be formed.
+        """
+        formed = constraint_of(call.kernel) is not None
+        if formed or id(call.kernel) not in state:  # not called at mu
             return call.plain()
         mean, stddev, left, right = (
             tf.cast(t, call.inputs.dtype) for t in state[id(call.kernel)]

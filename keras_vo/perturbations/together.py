@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_vo import checks
+from keras_vo.constraints import constraint_of, projected
 from keras_vo.perturbations import registry
 from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
 from keras_vo.perturbations.full import Full
@@ -26,7 +27,8 @@ class Perturbations:
     """How all variables are perturbed in one step.
 
     Variables that no layer has claimed have noise of full rank. What several
-    kinds say of single variables is put together here.
+    kinds say of single variables is put together here. A member's weights
+    satisfy the constraints of their variables.
 
     Args:
         recording: what layers have claimed in the mean network's pass.
@@ -89,6 +91,9 @@ class Perturbations:
                 perturbed, state = kind.member(part, sign)
                 states.append(state)
                 for i, weight in perturbed.items():
+                    constraint = constraint_of(self._recording.variables[i])
+                    if constraint is not None:
+                        weight = projected(constraint, weight)
                     weights[i] = weight
             evaluation = Evaluation(
                 self._recording,

@@ -169,26 +169,38 @@ class MaxKL(Stateless):
     """Shrinks the move along its own direction until its KL is in bounds.
 
     Eq. 18 of [1] fixes the KL divergence of a step; this bounds that of the
-    step really taken, the inner optimizer's included.
+    step really taken, the inner optimizer's included. Where weights are
+    constrained, the shrunk mean is projected before its divergence is
+    measured: on a convex set it was in the set already. Only where mu was
+    outside of the set (as initial weights may be), and even its projection
+    alone is beyond the bound, the step is that projection.
 
     Attributes:
         max_kl: the bound, in nats.
+        project: from a mean [d] to one that satisfies all constraints, which
+            the proposal does; `None`: there are none.
     """
 
     max_kl: float
+    project: Callable[[tf.Tensor], tf.Tensor] | None = None
 
     def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
         old = step.gaussian
         change = proposal.mean - old.mean
         log_change = proposal.log_variance - old.log_variance
-        fraction = largest_fraction(
-            lambda part: old.kl(
-                part * change, old.log_variance + part * log_change
-            ),
-            self.max_kl,
-            old.layout.dtype,
-        )
-        shrunk = old.mean + fraction * change
+
+        def moved(part: tf.Tensor) -> tf.Tensor:
+            mean = old.mean + part * change
+            return mean if self.project is None else self.project(mean)
+
+        def divergence(part: tf.Tensor) -> tf.Tensor:
+            way = part * change
+            if self.project is not None:  # the proposal is projected already
+                way = tf.where(part < 1, moved(part) - old.mean, change)
+            return old.kl(way, old.log_variance + part * log_change)
+
+        fraction = largest_fraction(divergence, self.max_kl, old.layout.dtype)
+        shrunk = moved(fraction)
         return Proposal(
             tf.where(fraction < 1, shrunk, proposal.mean),
             old.log_variance + fraction * log_change,
