@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_vo.keras_compat import take_gradients_as_they_are
+from keras_vo.keras_compat import (
+    take_gradients_as_they_are,
+    uses_weight_decay,
+)
 
-__all__ = ["check_no_overwriting", "checked_inner"]
+__all__ = ["build", "check_no_overwriting", "checked_inner"]
 
 # Of an inner optimizer given by name. docs/decisions/0013-sizes-by-default.md.
 _LEARNING_RATE = 0.02
@@ -62,6 +66,32 @@ def checked_inner(inner: Any, max_kl: float | None) -> Any:
     # time, and load them by position into any other optimizer.
     inner.save_own_variables = inner.load_own_variables = _nothing
     return inner
+
+
+def build(inner: Any, variables: Sequence[Any], moved: Sequence[Any]) -> None:
+    """Builds the inner optimizer, for others than the variables.
+
+    Args:
+        inner: the inner optimizer.
+        variables: the weights.
+        moved: what it moves, for each of them: the variable itself, or what
+            is in its place.
+
+    Raises:
+        ValueError: it is built already, for variables that others replace.
+    """
+    pairs = list(zip(variables, moved, strict=True))
+    if any(v is not mean for v, mean in pairs):
+        if inner.built:
+            raise ValueError(
+                "Expected an inner optimizer that is not built yet, as it "
+                "moves a float32 mean in the place of weights of low "
+                "precision. Received: one that is built, for the weights"
+            )
+        inner.exclude_from_weight_decay(
+            [mean for v, mean in pairs if not uses_weight_decay(inner, v)]
+        )
+    inner.build(list(moved))
 
 
 def check_no_overwriting(inner: Any) -> None:

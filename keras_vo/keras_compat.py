@@ -27,6 +27,7 @@ __all__ = [
     "mask_of",
     "take_gradients_as_they_are",
     "unpickle",
+    "uses_weight_decay",
 ]
 
 
@@ -83,7 +84,10 @@ def _check_names() -> None:
         for owner, names in (
             (keras.Model, ("_make_function", "_maybe_symbolic_build")),
             (keras.Model, ("_flatten_layers", "_unpickle_model")),
-            (keras.optimizers.Optimizer, ("_all_reduce_sum_gradients",)),
+            (
+                keras.optimizers.Optimizer,
+                ("_all_reduce_sum_gradients", "_use_weight_decay"),
+            ),
             (_loss_module, (*_SCALES, _REDUCE)),
         )
         for name in names
@@ -227,6 +231,13 @@ def take_gradients_as_they_are(optimizer: Any) -> None:
     whole gradient.
     """
     optimizer._all_reduce_sum_gradients = list
+
+
+def uses_weight_decay(optimizer: Any, variable: Any) -> bool:
+    """Whether weight decay of a Keras optimizer acts on a variable."""
+    if isinstance(variable, keras.Variable):
+        variable = variable.value  # as in Keras, which looks at its name
+    return bool(optimizer._use_weight_decay(variable))
 
 
 @contextlib.contextmanager

@@ -57,7 +57,8 @@ class VOOptimizer(SearchSteps):
     model's own (mu), evaluates their losses, and moves mu and sigma towards
     the better ones. Neither f nor the network is ever differentiated. Of
     variables with a `constraint`, members have weights that satisfy it, and so
-    has the model after each step: see `keras_vo.constraints`.
+    has the model after each step: see `keras_vo.constraints`. Weights of
+    bfloat16 and float16 have a mean in float32: see `keras_vo.precision`.
 
     Compile it into a `VOModel`, `VOSequential`, a subclass of `VOTrainStep`
     or a model given to `make_variational`; or call `minimize`.

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_vo import checks
+from keras_vo import checks, precision
 from keras_vo.search import follow_mean
 from keras_vo.search.gaussian import log_variance_of
 from keras_vo.search.layout import WeightLayout, layer_groups
@@ -142,9 +142,7 @@ class GaussianSearchDistribution:
     ) -> WeightLayout:
         return WeightLayout(
             shapes=tuple(tuple(v.shape) for v in variables),
-            dtypes=tuple(
-                keras.backend.standardize_dtype(v.dtype) for v in variables
-            ),
+            dtypes=tuple(precision.wide(v.dtype) for v in variables),
             groups=groups,
         )
 

@@ -102,7 +102,8 @@ class SearchSteps(SearchVariables):
                 return checks.checked_losses(objective(weights), dtype)
 
         if baseline is None and search.communicator.count > 1:
-            baseline = losses(search.state.gaussian.means)[MEMBER]
+            now = [tf.convert_to_tensor(v) for v in means or variables]
+            baseline = losses(now)[MEMBER]
 
         def evaluator(source: NoiseSource) -> Outcomes:
             found = graph.evaluate(
@@ -113,15 +114,18 @@ class SearchSteps(SearchVariables):
                 found.losses, example_weights, examples, baseline, found
             )
 
+        moved = self._moved(variables)
+
         def move_mean(gradient: list[tf.Tensor]) -> list[Any]:
-            self.inner_optimizer.apply(gradient, variables)
-            return variables
+            self._start_from(search.state.gaussian.means)
+            self.inner_optimizer.apply(gradient, moved)
+            return moved
 
         before = [tf.identity(v) for v in self.inner_optimizer.variables]
         report = search.step(evaluator, move_mean)
         self._take(search, report, variables, before)
         if self.observer is not None:
-            self.observer.observe(observed(search, report, variables))
+            self.observer.observe(observed(search, report, moved))
         with tf.control_dependencies([report.losses]):
             self.assign_add(self.generations, 1)
         return report
@@ -175,7 +179,9 @@ class SearchSteps(SearchVariables):
         old, proposal = search.state, report.proposal
         means = self._layout.unflatten(proposal.mean)
         changes = [
-            *zip(variables, means, old.gaussian.means, strict=True),
+            *zip(
+                self._moved(variables), means, old.gaussian.means, strict=True
+            ),
             *(
                 (variable, tf.convert_to_tensor(variable), value)
                 for variable, value in zip(
@@ -194,6 +200,7 @@ class SearchSteps(SearchVariables):
         ]
         for variable, new, value in changes:
             self.assign(variable, tf.where(report.any_finite, new, value))
+        self._round(variables)
 
     def _build_outside_of_replicas(self, variables: list[Any]) -> None:
         if self.built:

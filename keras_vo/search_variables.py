@@ -14,12 +14,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo import checks, saved_search
+from keras_vo import checks, precision, saved_search
 from keras_vo import inner_optimizer as inner_lib
+from keras_vo.constraints import constraint_of
 from keras_vo.monitor.observer import StepObserver
 from keras_vo.replicas import strategies
 from keras_vo.search import noise
-from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.gaussian import Gaussian, stddev_of
 from keras_vo.search.layout import layer_groups, layer_names
 from keras_vo.search.state import Settings
 from keras_vo.search_distribution import GaussianSearchDistribution
@@ -48,6 +49,7 @@ class SearchVariables(keras.optimizers.Optimizer):
         self.observer: StepObserver | None = None
         self._model_weights: Callable[[], list[Any]] | None = None
         self._wrapped = False
+        self._kept_means: dict[str, Any] = {}
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
         """What does not change from step to step, for these weights."""
@@ -82,7 +84,13 @@ class SearchVariables(keras.optimizers.Optimizer):
         strategies.check_created_in_scope(
             [self.generations, self.iterations, *variables]
         )
-        self.inner_optimizer.build(variables)
+        self._kept_means = {
+            _key(i): self._keep_mean(variable)
+            for i, variable in enumerate(variables)
+            if precision.is_low(variable)
+        }
+        moved = self._moved(variables)
+        inner_lib.build(self.inner_optimizer, variables, moved)
         self._trained = lambda: variables  # not a list: Keras would track it
         self._settings = self.settings_for(variables)
         seed = random.randint(0, 2**31 - 1) if self.seed is None else self.seed
@@ -90,6 +98,7 @@ class SearchVariables(keras.optimizers.Optimizer):
         beta = distribution.initial_log_variance(
             variables, self.population_size
         )
+        precision.warn_where_too_coarse(variables, stddev_of(beta))
         beta = tf.constant(beta, self._layout.dtype)
         self._log_variance = self._add_state(
             "log_variance", tf.fill([self._layout.num_groups], beta)
@@ -114,6 +123,37 @@ class SearchVariables(keras.optimizers.Optimizer):
             name=name,
         )
         return variable
+
+    def _keep_mean(self, variable: Any) -> Any:
+        """The float32 mean of a variable of low precision."""
+        name = checks.variable_name(variable)
+        mean = self._add_state(
+            f"mean_{name}".replace("/", "_").replace(":", "_"),
+            tf.cast(tf.convert_to_tensor(variable), tf.float32),
+        )
+        mean.constraint = constraint_of(variable)
+        return mean
+
+    def _moved(self, variables: Sequence[Any]) -> list[Any]:
+        """What the inner optimizer moves: variables, or their float32 mean."""
+        return [
+            self._kept_means.get(_key(i), variable)
+            for i, variable in enumerate(variables)
+        ]
+
+    def _start_from(self, means: Sequence[tf.Tensor]) -> None:
+        """Assigns the float32 means what a step begins with."""
+        for i, mean in enumerate(means):
+            if _key(i) in self._kept_means:
+                self.assign(self._kept_means[_key(i)], mean)
+
+    def _round(self, variables: Sequence[Any]) -> None:
+        """Assigns variables of low precision their mean's rounding."""
+        for variable, mean in zip(
+            variables, self._moved(variables), strict=True
+        ):
+            if mean is not variable:
+                self.assign(variable, tf.convert_to_tensor(mean))
 
     def observe(self, observer: StepObserver | None) -> None:
         """Lets `observer` see each step whose graph is made from now on.
@@ -173,7 +213,9 @@ class SearchVariables(keras.optimizers.Optimizer):
         return Gaussian(self._layout, [], beta).stddevs
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        self.inner_optimizer.finalize_variable_values(var_list)
+        self.inner_optimizer.finalize_variable_values(self._moved(var_list))
+        if self.inner_optimizer.use_ema:
+            self._round(var_list)
 
     def _check_built(self, what: str) -> None:
         if not self.built:
@@ -183,12 +225,14 @@ class SearchVariables(keras.optimizers.Optimizer):
                 "Received: an optimizer that is not built"
             )
 
-    def _gaussian(self, variables: Sequence[Any]) -> Gaussian:
-        return Gaussian(
-            self._layout,
-            [tf.convert_to_tensor(v) for v in variables],
-            tf.convert_to_tensor(self._log_variance),
-        )
+    def _gaussian(self, weights: Sequence[Any]) -> Gaussian:
+        """The search distribution where the variables have these values."""
+        means = [tf.convert_to_tensor(weight) for weight in weights]
+        for i, mean in enumerate(means):
+            if (kept := self._kept_means.get(_key(i))) is not None:
+                means[i] = precision.kept(tf.convert_to_tensor(kept), mean)
+        beta = tf.convert_to_tensor(self._log_variance)
+        return Gaussian(self._layout, means, beta)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the search, unless what wraps this optimizer does."""
@@ -244,10 +288,12 @@ class SearchVariables(keras.optimizers.Optimizer):
             "generations": self.generations,
             "seed": self._seed,
             "log_variance": self._log_variance,
+            **self._kept_means,
             **self._rule_state,
         }
         inner = self.inner_optimizer.variables
-        return saved_search.named_variables(own, inner, self._trained())
+        moved = self._moved(self._trained())
+        return saved_search.named_variables(own, inner, moved)
 
     def _manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = {
@@ -259,3 +305,8 @@ class SearchVariables(keras.optimizers.Optimizer):
             order = {id(v): i for i, v in enumerate(self._model_weights())}
             manifest["weights"] = [order.get(id(v)) for v in self._trained()]
         return manifest
+
+
+def _key(index: int) -> str:
+    """The name of the mean of a variable, by its index."""
+    return f"mean.{index}"

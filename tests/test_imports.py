@@ -22,6 +22,7 @@ ROOMS = {
     "search": set(),
     "checks": {"search"},
     "constraints": {"search"},
+    "precision": {"checks"},
     "perturbations": {"search", "keras_compat", "checks", "constraints"},
     "evaluation": {
         "search",
@@ -33,7 +34,7 @@ ROOMS = {
     "replicas": {"search", "keras_compat", "checks", "version"},
     "monitor": {"search", "replicas"},
     "inner_optimizer": {"keras_compat", "checks"},
-    "search_distribution": {"search", "checks"},
+    "search_distribution": {"search", "checks", "precision"},
     "layers": {"perturbations", "keras_compat", "checks"},
     "distribution": {"replicas"},
     "exchange": {"replicas"},
@@ -63,6 +64,7 @@ PRIVATE = {
     "_make_function",
     "_maybe_symbolic_build",
     "_unpickle_model",
+    "_use_weight_decay",
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 60
 

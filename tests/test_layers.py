@@ -226,21 +226,6 @@ def test_all_chunks_share_the_dropout_mask_in_a_graph(option):
     assert losses[0][0] != losses[1][0]
 
 
-def test_a_network_of_bfloat16():
-    """With SGD: Keras's Adam stands still, 0.999 is 1 there."""
-    keras.config.set_dtype_policy("bfloat16")
-    x, y = models.make_data(96)
-    model = models.make_model(
-        metrics=["accuracy"],
-        optimizer=models.make_optimizer(
-            inner_optimizer=keras.optimizers.SGD(5.0)
-        ),
-    )
-    history = models.fit(model, x, y, epochs=12, batch_size=32)
-    assert history["accuracy"][-1] > history["accuracy"][0] + 0.15
-    assert model.trainable_variables[0].dtype == "bfloat16"
-
-
 def test_unbuilt_models():
     x, y = models.make_data()
     keras.utils.set_random_seed(1)

@@ -84,17 +84,13 @@ class Perturbations:
         """
 
         def evaluate(noise: Noise, sign: float) -> tuple[Any, Any]:
-            weights = list(self._space.gaussian.means)
+            weights = dict(enumerate(self._space.gaussian.means))
             states = []
             parts = self._split(noise)
             for kind, part in zip(self._kinds, parts, strict=True):
                 perturbed, state = kind.member(part, sign)
                 states.append(state)
-                for i, weight in perturbed.items():
-                    constraint = constraint_of(self._recording.variables[i])
-                    if constraint is not None:
-                        weight = projected(constraint, weight)
-                    weights[i] = weight
+                weights |= perturbed
             evaluation = Evaluation(
                 self._recording,
                 self._kinds,
@@ -102,10 +98,25 @@ class Perturbations:
                 [noise.weights, *noise.activations],
             )
             with entered(evaluation):
-                losses = objective(weights)
+                losses = objective(self._as_variables(weights))
             return losses, evaluation.finish()
 
         return evaluate
+
+    def _as_variables(
+        self, weights: Mapping[int, tf.Tensor]
+    ) -> list[tf.Tensor]:
+        """A member's weights as its variables have them: they satisfy their
+        constraints, and are rounded.
+        """
+        values = []
+        for i, variable in enumerate(self._recording.variables):
+            constraint = constraint_of(variable)
+            value = weights[i]
+            if constraint is not None:
+                value = projected(constraint, value)
+            values.append(tf.cast(value, variable.dtype))
+        return values
 
     def sums(
         self,
