@@ -22,18 +22,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from keras_vo import checks
 from keras_vo.evaluation.effects import EagerEffects, Effects
-from keras_vo.evaluation.random_ops import common_random_numbers
-from keras_vo.search import noise
+from keras_vo.evaluation.random_ops import (
+    PythonRandomness,
+    common_random_numbers,
+)
 from keras_vo.search.credit import is_blurred
 from keras_vo.tensorflow_compat import resource_dtype
 
@@ -41,7 +41,6 @@ __all__ = ["Isolation"]
 
 _warned: set[str] = set()  # what has been said
 _EAGERLY = " (with run_eagerly=False members would draw the same)"
-_PYTHON_SEED = -(2**41)  # below what `random_ops` draws from
 
 
 class Isolation:
@@ -80,7 +79,7 @@ class Isolation:
         self._saved: dict[int, tuple[tf.Tensor, tf.Tensor]] = {}
         self._unread = [False] * len(self._handles)
         self._left: set[str] = set()
-        self._states: list[Any] = []
+        self._python = PythonRandomness(seed)
         self._noted: EagerEffects | None = None
         if eager:
             self._save(self._handles)
@@ -130,8 +129,8 @@ class Isolation:
             )
         elif not effects.python:
             self.reason = (
-                "a function that was traced before, of another signature "
-                "or by AutoGraph, reads the weights of the model"
+                "a function of `tf.function` that was traced before, or that "
+                "needs AutoGraph, reads the weights of the model"
             )
         if of_model:
             self._save(effects.assigned)
@@ -167,7 +166,7 @@ class Isolation:
             before = tf.nest.flatten(after)
             scopes.enter_context(tf.control_dependencies(before))
             if self._seeds_python:
-                seeded = self._seed_python()
+                seeded = self._python.seed()
                 scopes.enter_context(tf.control_dependencies([seeded]))
             if tf.executing_eagerly() and self._noted is None:
                 self._noted = EagerEffects()
@@ -286,39 +285,12 @@ class Isolation:
     def _restore(self) -> list[Any]:
         done = [_assign(*saved) for saved in self._saved.values()]
         if self._seeds_python:
-            done.append(_called(lambda _: self._pop_python(), tf.zeros([])))
+            done.append(self._python.restore())
         return [op for op in done if op is not None]
-
-    def _seed_python(self) -> Any:
-        """Lets `random` and `np.random` draw the same in each member."""
-        index = tf.constant(_PYTHON_SEED, tf.int64)
-        seed = noise.single_seed(self._seed, index)[0]
-
-        def push(value: Any) -> None:
-            self._states.append((random.getstate(), np.random.get_state()))
-            random.seed(int(value))
-            np.random.seed(int(value) % 2**32)
-
-        return _called(push, seed)
-
-    def _pop_python(self) -> None:
-        python, numpy = self._states.pop()
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _assign(handle: tf.Tensor, value: tf.Tensor) -> Any:
     return tf.raw_ops.AssignVariableOp(resource=handle, value=value)
-
-
-def _called(function: Callable[[Any], None], value: tf.Tensor) -> tf.Tensor:
-    """An op that calls `function`."""
-
-    def called(value: Any) -> Any:
-        function(value)
-        return np.int32(0)
-
-    return tf.numpy_function(called, [value], tf.int32)
 
 
 @contextlib.contextmanager

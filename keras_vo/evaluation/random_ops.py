@@ -9,20 +9,23 @@ the same for all members.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_vo.evaluation.effects import RANDOM
 from keras_vo.search import noise
 from keras_vo.tensorflow_compat import called_for_each_op
 
-__all__ = ["common_random_numbers"]
+__all__ = ["PythonRandomness", "common_random_numbers"]
 
 # Of the generation: indices from 0 are those of directions, small negative
 # ones those of random layers.
 _FIRST = -(2**40)
+_OF_PYTHON = -(2**41)
 
 
 def _with_parameter(draw: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -98,3 +101,44 @@ def common_random_numbers(seed: tf.Tensor, left: set[str]) -> Iterator[None]:
 
     with called_for_each_op(from_seed):
         yield
+
+
+class PythonRandomness:
+    """The states of `random` and `np.random`, for Python in a member.
+
+    Args:
+        seed: as that of `common_random_numbers`; `None`: of no use.
+    """
+
+    def __init__(self, seed: tf.Tensor | None) -> None:
+        self._seed = seed
+        self._states: list[Any] = []
+
+    def seed(self) -> tf.Tensor:
+        """An op that lets them draw the same in each member."""
+        index = tf.constant(_OF_PYTHON, tf.int64)
+        return _called(self._push, noise.single_seed(self._seed, index)[0])
+
+    def restore(self) -> tf.Tensor:
+        """An op that lets them go on from where they were before `seed`."""
+        return _called(self._pop, tf.zeros([]))
+
+    def _push(self, seed: Any) -> None:
+        self._states.append((random.getstate(), np.random.get_state()))
+        random.seed(int(seed))
+        np.random.seed(int(seed) % 2**32)
+
+    def _pop(self, _: Any) -> None:
+        python, numpy = self._states.pop()
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _called(function: Callable[[Any], None], value: tf.Tensor) -> tf.Tensor:
+    """An op that calls `function`."""
+
+    def called(value: Any) -> Any:
+        function(value)
+        return np.int32(0)
+
+    return tf.numpy_function(called, [value], tf.int32)
