@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from keras_vo import layers
+from keras_vo import layers, user_steps
 from keras_vo.keras_compat import Functional, unpickle
 from keras_vo.training import VOTrainStep
 
@@ -163,7 +163,8 @@ def make_variational(model: Any, dense: str | None = None) -> Any:
         before `fit`.
 
     Raises:
-        TypeError: `model` is not a `keras.Model`.
+        TypeError: `model` is not a `keras.Model`, or it has a `train_step` of
+            its own, which would never be called.
         ValueError: `dense` is none of these.
     """
     if not isinstance(model, keras.Model):
@@ -171,6 +172,7 @@ def make_variational(model: Any, dense: str | None = None) -> Any:
             "`model` must be a functional, Sequential or subclassed "
             f"keras.Model. Received: model={model!r} of type {type(model)}"
         )
+    user_steps.check_model(model, VOTrainStep)
     if dense is not None:
         layers.convert_dense(model, dense)
     if isinstance(model, VOTrainStep):

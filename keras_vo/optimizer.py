@@ -40,7 +40,9 @@ _PLAIN_MODEL = (
     "`keras_vo.VOSequential([...])`; a subclass "
     "`class MyModel(keras_vo.VOTrainStep, keras.Model)`; or "
     "`keras_vo.make_variational(model)` for a model that exists already. "
-    "Without a model, call `optimizer.minimize(objective, variables)`. "
+    "A model that is one of these keeps its losses in `compute_loss`, and a "
+    "`train_step` of its own ends in `super().train_step(data)`. "
+    "Without a model, call `optimizer.minimize(objective, [variable])`. "
     "Received: gradients or a loss from another training step."
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo import checks, layer_state
+from keras_vo import checks, layer_state, user_steps
 from keras_vo.evaluation import per_example
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.keras_compat import (
@@ -57,12 +57,24 @@ class VOTrainStep(ModelFiles):
     Batch statistics are the member's own; moving statistics follow the mean
     network. Random layers (dropout) show all members the same mask, a function
     of the optimizer's seed and generation.
+
+    Losses of your own belong in `compute_loss`. A class behind this one with
+    a `train_step` of its own is a TypeError when the class is defined: that
+    step would never be called. What changes the data stands in front:
+
+        class MyModel(keras_vo.VOTrainStep, keras.Model):
+            def train_step(self, data):
+                return super().train_step(mixup(data))
     """
 
     jit_compile: bool  # Keras's property
     _by_example = False
     # Whether the variables may hold a member's weights during a step.
     _holds_members = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        user_steps.check_class(cls, VOTrainStep)
 
     @tf.autograph.experimental.do_not_convert  # as in Keras's `fit`
     def train_step(self, data: Any) -> dict[str, Any]:
