@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "Functional",
     "TrainerHooks",
+    "adapt_clones",
     "build_metrics",
     "compiled_losses_replaced",
     "initial_epoch",
@@ -58,12 +59,14 @@ _check_backend(keras.backend.backend())
 import tensorflow as tf  # noqa: E402
 from keras.src.backend.tensorflow import trainer as _tf_trainer  # noqa: E402
 from keras.src.losses import loss as _loss_module  # noqa: E402
+from keras.src.models import cloning as _cloning  # noqa: E402
 
 # Keras does not export the class that functional models are instances of.
 from keras.src.models.functional import Functional  # noqa: E402
 from keras.src.trainers import compile_utils as _compile_utils  # noqa: E402
 from keras.src.trainers import trainer as _trainer_module  # noqa: E402
 
+_CLONERS = ("_clone_sequential_model", "_clone_functional_model")
 _SCALES = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
 _REDUCE = "reduce_weighted_values"
 # The name of an op, which TensorFlow's error shows.
@@ -89,6 +92,7 @@ def _check_names() -> None:
                 ("_all_reduce_sum_gradients", "_use_weight_decay"),
             ),
             (_loss_module, (*_SCALES, _REDUCE)),
+            (_cloning, _CLONERS),
         )
         for name in names
         if not hasattr(owner, name)
@@ -210,6 +214,31 @@ def initial_epoch(model: Any) -> Any:
 def unpickle(model_class: Any) -> Any:
     """What makes a model of what pickling has made of one."""
     return model_class._unpickle_model
+
+
+def adapt_clones(model_class: type, adapt: Callable[[Any, Any], Any]) -> None:
+    """Lets `keras.models.clone_model` return what `adapt` makes of a clone.
+
+    It makes a plain Sequential of a subclass's instance. Others of Keras
+    import it by name: what it calls is wrapped.
+
+    Args:
+        model_class: of whose instances clones are adapted.
+        adapt: from a Sequential or functional model and its clone, which is
+            compiled as it is, to what is returned for it.
+    """
+
+    def adapted(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def clone_of(model: Any, *args: Any, **kwargs: Any) -> Any:
+            clone = make(model, *args, **kwargs)
+            ours = isinstance(model, model_class)
+            return adapt(model, clone) if ours else clone
+
+        return clone_of
+
+    for name in _CLONERS:
+        setattr(_cloning, name, adapted(getattr(_cloning, name)))
 
 
 def mask_of(tensor: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from keras_vo import layers, user_steps
-from keras_vo.keras_compat import Functional, unpickle
+from keras_vo.keras_compat import Functional, adapt_clones, unpickle
 from keras_vo.training import VOTrainStep
 
 __all__ = ["VOModel", "VOSequential", "make_variational"]
@@ -88,8 +88,7 @@ def _make_functional(cls: type) -> type:
 class VOSequential(_KeepsDense, keras.Sequential):
     """`keras.Sequential` trained by variational optimization.
 
-    See `VOTrainStep` for what training does. (`keras.models.clone_model`
-    returns a plain Sequential: give that to `make_variational`.)
+    See `VOTrainStep` for what training does.
     """
 
 
@@ -160,7 +159,8 @@ def make_variational(model: Any, dense: str | None = None) -> Any:
     Returns:
         The same object with the same layers, weights and compile settings,
         whose class now has `VOTrainStep`. Compile it with a `VOOptimizer`
-        before `fit`.
+        before `fit`. Its clones (`keras.models.clone_model`, scikit-learn
+        wrappers) are trained alike, and have the same `dense`.
 
     Raises:
         TypeError: `model` is not a `keras.Model`, or it has a `train_step` of
@@ -189,3 +189,15 @@ def make_variational(model: Any, dense: str | None = None) -> Any:
     model.train_function = None  # it would run the former class's train_step
     model.test_function = None
     return model
+
+
+def _variational_clone(model: Any, clone: Any) -> Any:
+    """What Keras makes plain, or of Dense layers, as the original has it."""
+    clone = make_variational(clone, model._dense)
+    own: Any = type(model)
+    if own.__init__ is keras.Sequential.__init__:
+        clone.__class__ = own  # Keras does so for functional models
+    return clone
+
+
+adapt_clones(VOTrainStep, _variational_clone)

@@ -54,6 +54,8 @@ ROOMS = {
 # Of Keras: no one but keras_compat.py has to do with these.
 PRIVATE = {
     "_all_reduce_sum_gradients",
+    "_clone_functional_model",
+    "_clone_sequential_model",
     "_compile_loss",
     "_compile_metrics",
     "_distributed_dataset",

@@ -10,6 +10,7 @@ import keras
 import pytest
 import tensorflow as tf
 from keras.src.losses import loss as loss_module
+from keras.src.models import cloning
 from test_distribution import mirrored
 
 import keras_vo
@@ -124,6 +125,12 @@ def test_a_missing_function(name, monkeypatch):
     fake = lacking(loss_module, name)
     monkeypatch.setattr(keras_compat, "_loss_module", fake)
     assert_missing(f"{loss_module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("name", keras_compat._CLONERS)
+def test_a_missing_function_of_clones(name, monkeypatch):
+    monkeypatch.setattr(keras_compat, "_cloning", lacking(cloning, name))
+    assert_missing(f"{cloning.__name__}.{name}")
 
 
 class Trainer:

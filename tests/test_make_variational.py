@@ -205,16 +205,6 @@ def test_copies_go_on_as_the_original(make, dense, duplicate):
     )
 
 
-def test_clones_train_too():
-    """Keras clones a VOSequential as a plain Sequential."""
-    model = keras_vo.make_variational(sequential())
-    clone = keras_vo.make_variational(keras.models.clone_model(model))
-    clone.set_weights(model.get_weights())
-    compile_and_fit(model)
-    compile_and_fit(clone)
-    np.testing.assert_array_equal(models.weights(clone), models.weights(model))
-
-
 KINDS = {
     "full": keras.layers.Dense,
     "local_reparam": keras_vo.layers.LocalReparamDense,
