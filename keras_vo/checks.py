@@ -9,6 +9,7 @@ import math
 import numbers
 import operator
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -23,9 +24,11 @@ __all__ = [
     "checked_integer",
     "checked_losses",
     "checked_number",
+    "checked_objective",
     "checked_scalar",
     "checked_seed",
     "checked_size",
+    "checked_variables",
     "variable_name",
     "warn_of_blurred",
 ]
@@ -110,6 +113,67 @@ def check_variables(variables: list[Any]) -> None:
                 "optimizer updates by a step. Received: "
                 f"{variable_name(variable)!r} of dtype {dtype}"
             )
+
+
+def checked_objective(objective: Any, method: str) -> Any:
+    """`objective`, which can be called.
+
+    Args:
+        objective: it.
+        method: that has it as its first argument.
+    """
+    if not callable(objective):
+        raise TypeError(
+            "The objective must be a function from a list of weight tensors "
+            f"to a scalar loss. Expected: `{method}(objective, [variable])`, "
+            "in this order. "
+            f"Received: objective={objective!r} of type {type(objective)}"
+        )
+    return objective
+
+
+def checked_variables(variables: Any, call: str) -> list[Any]:
+    """`variables` as a list, each of which stands in it once.
+
+    Args:
+        variables: a sequence of Keras or TensorFlow variables.
+        call: what they are an argument of, with {} in their place.
+    """
+    one = hasattr(variables, "assign")
+    if one or isinstance(variables, (str, Mapping, tf.Tensor, np.ndarray)):
+        listed = None
+    else:
+        listed = list(variables) if isinstance(variables, Iterable) else None
+    if listed is None:
+        received = (
+            f"one variable, {variable_name(variables)!r}"
+            if one
+            else (f"{variables!r} of type {type(variables)}")
+        )
+        raise TypeError(
+            "Expected a list of variables: "
+            f"`{call.format('[variable]')}`, "
+            f"`{call.format('list(variables.values())')}` for those of a "
+            f"dict, or `{call.format('model.trainable_variables')}` for those "
+            f"of a model. Received: {received}"
+        )
+    values = [v.value if isinstance(v, keras.Variable) else v for v in listed]
+    places: dict[int, int] = {}
+    for place, (variable, value) in enumerate(zip(listed, values, strict=True)):
+        if not hasattr(variable, "assign"):
+            raise TypeError(
+                "Expected a list of Keras or TensorFlow variables, which a "
+                "step can assign: "
+                f"`{call.format('[tf.Variable(value)]')}`. Received: "
+                f"{variable!r} of type {type(variable)} at place {place}"
+            )
+        first = places.setdefault(id(value), place)
+        if first != place:
+            raise ValueError(
+                "Expected each variable once. Received: "
+                f"{variable_name(variable)!r} at places {first} and {place}"
+            )
+    return listed
 
 
 def variable_name(variable: Any) -> str:

@@ -188,6 +188,11 @@ class VOOptimizer(SearchSteps):
         evaluated once more, at the mean, to compare members by what they
         change.
 
+        A search is saved with its variables, and goes on bit by bit where it
+        was, by `tf.train.Checkpoint(w=w, optimizer=optimizer)`, restored
+        before or after the first step; or, of a Keras model that is compiled
+        with this optimizer, in the model's `.keras` file.
+
         Args:
             objective: from a list of weight tensors, shaped like `variables`,
                 to a scalar loss.
@@ -199,10 +204,16 @@ class VOOptimizer(SearchSteps):
             `Generation.mean_loss`.
 
         Raises:
-            ValueError: no variables, others than before, or an objective
-                whose value is not a scalar.
+            TypeError: `variables` is no list of variables, or `objective` no
+                function.
+            ValueError: no variables, others than before, one of them twice,
+                or an objective whose value is not a scalar.
         """
-        return self._minimize(converted_as_caller(objective), list(variables))
+        checks.checked_objective(objective, "minimize")
+        variables = checks.checked_variables(
+            variables, "minimize(objective, {})"
+        )
+        return self._minimize(converted_as_caller(objective), variables)
 
     @tf.autograph.experimental.do_not_convert
     def _minimize(

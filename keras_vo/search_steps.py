@@ -46,8 +46,10 @@ class SearchSteps(SearchVariables):
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
     ) -> Generation:
         """`take_step`, and what it evaluated."""
+        checks.checked_objective(objective, "step")
+        variables = checks.checked_variables(variables, "step(objective, {})")
         report = self.take_step(
-            converted_as_caller(objective), list(variables), **kwargs
+            converted_as_caller(objective), variables, **kwargs
         )
         return Generation.of(report.losses)
 

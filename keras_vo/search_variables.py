@@ -65,10 +65,11 @@ class SearchVariables(keras.optimizers.Optimizer):
             variables: the trainable variables, mu.
 
         Raises:
-            ValueError: one of them is not floating, or they and the optimizer
-                are made under different strategies.
+            TypeError: they are no list of variables.
+            ValueError: one of them is not floating or there twice, or they
+                and the optimizer are made under different strategies.
         """
-        variables = list(variables)
+        variables = checks.checked_variables(variables, "build({})")
         if self.built or not variables:
             return
         with strategies.entered(self._strategy):

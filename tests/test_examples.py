@@ -63,7 +63,9 @@ def test_readme_code_runs(tmp_path):
     codes = [
         "\n".join([short[0], *checks]),
         short[1] + "\nassert model.evaluate(x) < 6",  # 12 at first
-        short[2] + "\nassert mean_loss < 10, mean_loss",
+        short[2]
+        + "\nassert mean_loss < 10, mean_loss"
+        + "\nsearch.restore(path).assert_consumed()",
         short[3] + "\nassert model.evaluate(x, y)[1] > 0.9",
         short[4] + "\nassert model.evaluate(x, y)[1] > 0.3",
         short[5] + "\nassert len(monitor.history['kl']) == 100",
