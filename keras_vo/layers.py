@@ -36,6 +36,8 @@ class PerturbedDense(keras.layers.Dense):
         scope = current_scope()
         if scope is None or not scope.searches(self.kernel):
             return super().call(inputs, training=training)
+        # The product of a member's weights and sparse inputs is not vectorized.
+        inputs = densified(inputs)
         if not tf.as_dtype(inputs.dtype).is_floating:  # as in Dense
             mask = mask_of(inputs)
             inputs = keras.ops.cast(inputs, self.compute_dtype)
@@ -96,8 +98,9 @@ class LocalReparamDense(PerturbedDense):
 
     What an example does to others through the statistics of a
     BatchNormalization behind this layer is not credited to it; nor is what
-    another layer computes from this one's weights (tied weights). Sparse
-    inputs are not supported. With LoRA or quantization enabled it is Dense.
+    another layer computes from this one's weights (tied weights). A batch of
+    sparse inputs is made dense in training. With LoRA or quantization enabled
+    it is Dense.
 
     Args:
         *args: those of `keras.layers.Dense`.
@@ -129,7 +132,8 @@ class LowRankDense(PerturbedDense):
     by a term for each row and one for each column. The gradients are in
     `keras_vo.perturbations.low_rank`. (A regularizer or a constraint of the
     kernel reads the perturbed kernel, which is then formed; with a constraint
-    members share no product.)
+    members share no product.) A batch of sparse inputs is made dense in
+    training.
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the
@@ -162,6 +166,14 @@ class LowRankDense(PerturbedDense):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rank": self.rank}
+
+
+def densified(inputs: Any) -> tf.Tensor:
+    """A dense tensor of inputs that may be sparse; what is twice adds up."""
+    if not isinstance(inputs, tf.SparseTensor):
+        return tf.convert_to_tensor(inputs)
+    dense = tf.scatter_nd(inputs.indices, inputs.values, inputs.dense_shape)
+    return tf.ensure_shape(dense, inputs.shape)
 
 
 def _checked_rank(rank: int) -> int:

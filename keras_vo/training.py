@@ -21,6 +21,7 @@ from keras_vo.keras_compat import (
     loss_tracker,
     losses_as_returned,
 )
+from keras_vo.layers import densified
 from keras_vo.model_files import ModelFiles
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.perturbations.scope import Recording, entered
@@ -110,7 +111,7 @@ class VOTrainStep(ModelFiles):
         example_weights: Any = 1.0
         by_example = EXAMPLE in levels(recording)
         if by_example:
-            some_input = tf.convert_to_tensor(inputs[0])
+            some_input = densified(inputs[0])
             check_batch(recording, some_input)
             example_weights = self._example_weights(
                 x, y, y_pred, sample_weight, inputs=some_input
