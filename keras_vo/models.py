@@ -197,6 +197,19 @@ def _variational_clone(model: Any, clone: Any) -> Any:
     own: Any = type(model)
     if own.__init__ is keras.Sequential.__init__:
         clone.__class__ = own  # Keras does so for functional models
+    lost = [
+        name
+        for name in ("call", "compute_loss", "train_step")
+        if getattr(type(clone), name) is not getattr(own, name)
+    ]
+    if lost:
+        raise ValueError(
+            f"A clone of {own.__name__}, which has a constructor of its own, "
+            f"is a {type(clone).__name__} for Keras, without its {lost}. "
+            "Expected: a class that leaves `__init__` to Keras, or a function "
+            "that makes another such model (which scikit-learn's wrappers "
+            f"take, too). Received: clone_model of {model!r}"
+        )
     return clone
 
 

@@ -100,6 +100,34 @@ def test_a_functional_subclass_keeps_its_loss():
     assert models.fit(clone)["loss"][-1] < 0
 
 
+class Own(keras_vo.VOSequential):
+    def __init__(self, **kwargs):
+        super().__init__([keras.Input((4,)), *models.make_layers()], **kwargs)
+
+
+class OwnFunctional(keras_vo.VOModel):
+    def __init__(self, **kwargs):
+        inputs = keras.Input((4,))
+        super().__init__(inputs, keras.layers.Dense(3)(inputs), **kwargs)
+
+
+@pytest.mark.parametrize("cls", [Own, OwnFunctional])
+def test_a_clone_that_would_lose_its_loss_is_refused(cls):
+    """With a constructor of its own, it is no instance of its class."""
+    clone = clone_model(compiled(cls()))
+    assert "population_loss" in models.fit(clone)
+    for name in ("call", "compute_loss", "train_step"):
+
+        def own(self, *args, __name=name, **kwargs):
+            return getattr(super(cls, self), __name)(*args, **kwargs)
+
+        model = compiled(type("Mine", (cls,), {name: own})())
+        with pytest.raises(
+            ValueError, match=rf"of Mine.*\['{name}'\].*leaves `__init__`"
+        ):
+            clone_model(model)
+
+
 def test_plain_models_have_plain_clones():
     for make in (made.sequential, made.functional):
         model = make()
