@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import keras
 import tensorflow as tf
 
-from keras_vo.keras_compat import keeps_mask, layers_of, mask_of
+from keras_vo.keras_compat import layers_of
+from keras_vo.keras_compat.losses import keeps_mask, mask_of
 from keras_vo.perturbations import registry
 from keras_vo.perturbations.base import DenseCall
 from keras_vo.perturbations.scope import current_scope

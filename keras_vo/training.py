@@ -17,12 +17,10 @@ from keras_vo.evaluation import per_example
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.keras_compat import (
     build_metrics,
-    layers_of,
     loss_tracker,
-    losses_as_returned,
 )
+from keras_vo.keras_compat.losses import losses_as_returned
 from keras_vo.layers import densified
-from keras_vo.model_files import ModelFiles
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.perturbations.scope import Recording, entered
 from keras_vo.perturbations.together import check_batch, levels
@@ -32,11 +30,12 @@ from keras_vo.replicas.communicator import current_replicas
 from keras_vo.replicas.model import with_callback
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation
 from keras_vo.search.noise import generation_seed
+from keras_vo.step_functions import StepFunctions
 
 __all__ = ["VOTrainStep"]
 
 
-class VOTrainStep(ModelFiles):
+class VOTrainStep(StepFunctions):
     """Mixin that trains a Keras model with a `VOOptimizer`.
 
     Put it before the Keras class:
@@ -68,10 +67,7 @@ class VOTrainStep(ModelFiles):
                 return super().train_step(mixup(data))
     """
 
-    jit_compile: bool  # Keras's property
     _by_example = False
-    # Whether the variables may hold a member's weights during a step.
-    _holds_members = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -241,47 +237,6 @@ class VOTrainStep(ModelFiles):
             "test_step": (VOTrainStep.test_step,),
         }
         build_metrics(self, iterator, data_batch, own)
-
-    def make_train_function(self, force: bool = False) -> Any:
-        """As in Keras, but XLA compiles the evaluation of members only.
-
-        The same seed gives other normals under XLA, and whether "auto" means
-        XLA depends on the machine.
-        """
-        jit_compile = self.jit_compile
-        self.jit_compile = False
-        try:
-            return super().make_train_function(force)
-        finally:
-            self.jit_compile = jit_compile
-
-    def make_step_function(
-        self, make: Callable[[Any], Any], step: Callable[[Any], Any]
-    ) -> Any:
-        """As in Keras; what the optimizer creates is there before the first
-        step is traced, or it would be traced twice."""
-        function = super().make_step_function(make, step)
-        if step != self.train_step:
-            return function
-
-        def train_function(iterator: Any) -> Any:
-            if not getattr(self.optimizer, "built", True) and all(
-                layer.built for layer in layers_of(self)
-            ):
-                self._build_vo_optimizer()
-            if not self._holds_members:
-                return function(iterator)
-            variables = self.trainable_variables
-            means = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
-            try:
-                return function(iterator)
-            except BaseException:
-                if self._holds_members:
-                    for variable, mean in zip(variables, means, strict=True):
-                        variable.assign(mean)
-                raise
-
-        return train_function
 
     @property
     def losses(self) -> list[Any]:

@@ -15,6 +15,7 @@ from test_distribution import mirrored
 
 import keras_vo
 from keras_vo import keras_compat
+from keras_vo.keras_compat.losses import losses_as_returned
 
 
 def error_of(program, **environment):
@@ -120,10 +121,10 @@ def test_a_missing_method_of_an_optimizer(monkeypatch):
     assert_missing(f"Optimizer.{name}")
 
 
-@pytest.mark.parametrize("name", keras_compat._SCALES)
+@pytest.mark.parametrize("name", keras_compat.SCALES)
 def test_a_missing_function(name, monkeypatch):
     fake = lacking(loss_module, name)
-    monkeypatch.setattr(keras_compat, "_loss_module", fake)
+    monkeypatch.setattr(keras_compat, "loss_module", fake)
     assert_missing(f"{loss_module.__name__}.{name}")
 
 
@@ -192,15 +193,15 @@ KERAS, UNDIVIDED = (0.5, 2.0), (1.0, 1.0)  # two replicas
 def test_losses_are_undivided_in_the_block_only():
     with mirrored(2).scope():
         assert scaled() == KERAS
-        with keras_compat.losses_as_returned(keras.Sequential()):
+        with losses_as_returned(keras.Sequential()):
             assert scaled() == UNDIVIDED
-            with keras_compat.losses_as_returned(keras.Sequential()):
+            with losses_as_returned(keras.Sequential()):
                 assert scaled() == UNDIVIDED
             assert scaled() == UNDIVIDED
         assert scaled() == KERAS
         with (
             pytest.raises(RuntimeError),
-            keras_compat.losses_as_returned(keras.Sequential()),
+            losses_as_returned(keras.Sequential()),
         ):
             raise RuntimeError
         assert scaled() == KERAS
@@ -212,12 +213,12 @@ def test_overlapping_threads_leave_the_scale_as_it_was():
     Were the functions of Keras replaced and put back, the second would put
     back what the first has set.
     """
-    functions = [getattr(loss_module, n) for n in keras_compat._SCALES]
+    functions = [getattr(loss_module, n) for n in keras_compat.SCALES]
     strategy, seen, meeting = mirrored(2), {}, threading.Barrier(2, timeout=60)
 
     def first():
         with strategy.scope():
-            with keras_compat.losses_as_returned(keras.Sequential()):
+            with losses_as_returned(keras.Sequential()):
                 meeting.wait()  # the second has not entered
                 meeting.wait()  # it has
                 seen["first, both inside"] = scaled()
@@ -230,7 +231,7 @@ def test_overlapping_threads_leave_the_scale_as_it_was():
         with strategy.scope():
             meeting.wait()
             seen["second, has not entered"] = scaled()
-            with keras_compat.losses_as_returned(keras.Sequential()):
+            with losses_as_returned(keras.Sequential()):
                 meeting.wait()
                 meeting.wait()  # the first has left
                 seen["second, alone inside"] = scaled()
@@ -252,4 +253,4 @@ def test_overlapping_threads_leave_the_scale_as_it_was():
     }
     with strategy.scope():
         assert scaled() == KERAS
-    assert functions == [getattr(loss_module, n) for n in keras_compat._SCALES]
+    assert functions == [getattr(loss_module, n) for n in keras_compat.SCALES]

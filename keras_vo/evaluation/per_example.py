@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo import checks
-from keras_vo.keras_compat import (
+from keras_vo.keras_compat.losses import (
     compiled_losses_replaced,
     keeps_mask,
     mask_of,

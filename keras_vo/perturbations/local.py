@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_vo import checks
 from keras_vo.constraints import constraint_of
-from keras_vo.keras_compat import mask_of
+from keras_vo.keras_compat.losses import mask_of
 from keras_vo.perturbations import graph_ops
 from keras_vo.perturbations.base import (
     DenseCall,

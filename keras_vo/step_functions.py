@@ -1,0 +1,64 @@
+"""What Keras calls for a step, and what is around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from keras_vo.keras_compat import layers_of
+from keras_vo.model_files import ModelFiles
+
+__all__ = ["StepFunctions"]
+
+
+class StepFunctions(ModelFiles):
+    """Mixin: the functions that run `train_step`."""
+
+    jit_compile: bool  # Keras's property
+    # Whether the variables may hold a member's weights during a step.
+    _holds_members = True
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As in Keras, but XLA compiles the evaluation of members only.
+
+        The same seed gives other normals under XLA, and whether "auto" means
+        XLA depends on the machine.
+        """
+        jit_compile = self.jit_compile
+        self.jit_compile = False
+        try:
+            return super().make_train_function(force)
+        finally:
+            self.jit_compile = jit_compile
+
+    def make_step_function(
+        self, make: Callable[[Any], Any], step: Callable[[Any], Any]
+    ) -> Any:
+        """As in Keras; what the optimizer creates is there before the first
+        step is traced, or it would be traced twice."""
+        function = super().make_step_function(make, step)
+        if step != self.train_step:
+            return function
+
+        def train_function(iterator: Any) -> Any:
+            if not getattr(self.optimizer, "built", True) and all(
+                layer.built for layer in layers_of(self)
+            ):
+                self._build_vo_optimizer()
+            if not self._holds_members:
+                return function(iterator)
+            variables = self.trainable_variables
+            means = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
+            try:
+                return function(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                raise  # the end of the data: steps before it were made
+            except BaseException:
+                if self._holds_members:
+                    for variable, mean in zip(variables, means, strict=True):
+                        variable.assign(mean)
+                raise
+
+        return train_function
