@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["named_variables", "restore", "save"]
+__all__ = ["NEWER", "named_variables", "restore", "save"]
+
+# What files of earlier versions lack, and what it was there.
+NEWER = {"blind_growth": 0.0, "blind": 0.0}
 
 _FORMAT = 1
 _MANIFEST = "manifest"
@@ -104,6 +107,11 @@ def restore(
             if saved.get(key) != expected.get(key)
         ]
         targets = dict(variables)
+        values |= {
+            name: np.asarray(NEWER[name])
+            for name in targets
+            if name in NEWER and name not in values
+        }
     else:
         if not values or not values["0"].any():
             return []  # that of an optimizer that has made no step

@@ -271,8 +271,14 @@ class SearchVariables(keras.optimizers.Optimizer):
     def read_search(self, store: Any) -> None:
         """Restores the search; where it does not fit, warns and leaves it."""
         if self.built:
+            newer = [
+                id(variable)
+                for name, variable in self._rule_state.items()
+                if name in saved_search.NEWER
+            ]
+            former = [v for v in self.variables if id(v) not in newer]
             problems = saved_search.restore(
-                store, self._manifest(), self._named_variables(), self.variables
+                store, self._manifest(), self._named_variables(), former
             )
         else:
             problems = saved_search.restore(store, self._manifest(), {}, [])

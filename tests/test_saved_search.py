@@ -264,6 +264,41 @@ def test_a_file_of_the_version_before(tmp_path):
     np.testing.assert_array_equal(weights(copy_), weights(model))
 
 
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_file_from_before_growth_was_taken_back(manifest, tmp_path):
+    """As if there had been none."""
+
+    def wide():
+        keras.utils.set_random_seed(2)
+        layers = [keras.layers.Dense(30), keras.layers.Dense(3, "softmax")]
+        return compiled(keras_vo.VOSequential([keras.Input((4,)), *layers]))
+
+    model = train(wide(), 2)
+    new = {"blind_growth", "blind"}
+    names = [name for name in model.optimizer._rule_state if name in new]
+    assert set(names) == new
+    former = [v for v in model.optimizer.variables if v.name not in new]
+    path = tmp_path / "m.weights.h5"
+    model.save_weights(path)
+    with h5py.File(path, "r+") as file:
+        group = file["optimizer/vars"]
+        for name in names if manifest else list(group):
+            del group[name]
+        for number, value in enumerate([] if manifest else former):
+            group[str(number)] = value.numpy()
+    copy_ = wide()
+    copy_.optimizer.build(copy_.trainable_variables)
+    for name in names:
+        copy_.optimizer._rule_state[name].assign(0.0 if not manifest else 1.0)
+    copy_.load_weights(path)
+    train(model), train(copy_)
+    np.testing.assert_array_equal(weights(copy_), weights(model))
+    for one, other in zip(
+        copy_.optimizer.stddevs, model.optimizer.stddevs, strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_names_do_not_depend_on_those_of_the_model():
     variables = [tf.Variable([1.0]), keras.Variable([2.0], name="kernel")]
     inner = keras.optimizers.Adam()

@@ -4,9 +4,9 @@ The search gradient of a variance that many weights share is too weak to lead
 it: what a member's radius |z|^2 says of its loss is little beside the noise of
 a population of N, and the natural gradient divides that by sqrt(D) for the D
 weights of a layer. So where D > max(N, 100), sigma has two sources. One is a
-base s, that starts at sigma_0, goes down the natural gradient, and grows where
-all losses are equal. The other is where the mean has lately been: with the
-means over the weights of layer b,
+base s, that starts at sigma_0 and goes down the natural gradient; where all
+losses are equal, more than that is tried: see `Growth`. The other is where the
+mean has lately been: with the means over the weights of layer b,
 
     phi_b   = log mean_b (mu' - m)^2
     sigma_i = s_i exp(max(0, phi_b - mean_b log s^2) / 2)
@@ -22,10 +22,11 @@ gradients the steps of the mean take their size from s
 
 From above, the network's shape says what is too much: noise of sigma on the
 weights of a unit adds noise of sigma sqrt(fan in) to its input, in units of
-what comes in. So the mean raises sigma to 1.5 / sqrt(fan in) at most. The fan
-in is a mean over all kernels.
+what comes in. So neither the mean nor equal losses raise sigma to more than
+1.5 / sqrt(fan in). The fan in is a mean over all kernels.
 
-docs/decisions/0015-sigma-follows-the-mean.md has what else was tried.
+docs/decisions/0015-sigma-follows-the-mean.md has what else was tried,
+docs/decisions/0029-growth-is-taken-back.md why growth goes back.
 
 References:
     [1] Hansen, Ostermeier, "Completely Derandomized Self-Adaptation in
@@ -36,20 +37,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_vo.search.estimators import Direction
-from keras_vo.search.gaussian import Gaussian, stddev_of
+from keras_vo.search.gaussian import Gaussian, log_variance_of, stddev_of
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.rules import Descent, Proposal, State, Step
 
 __all__ = [
     "FollowMean",
+    "Growth",
     "MOST_NOISE",
     "averaged_mean",
-    "blind_growth",
     "follows",
+    "is_blind",
     "lifted",
     "noise_scale",
     "too_large",
@@ -58,15 +61,65 @@ __all__ = [
 _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
 _MOST_LIFTED, MOST_NOISE = 1.5, 3.0
-_BLIND_RATE = 0.06
+_BLIND_RATE, _KEPT = 0.06, 0.8
+
+
+class Growth(NamedTuple):
+    """By how much sigma is more than its base s, where losses were equal.
+
+    On a plateau, where the losses of all members are equal, a wider population
+    may see over its edge: g = log sigma^2 / s^2 grows by .06 a step. Once
+    losses differ, either the plateau has ended, and the growth has to be
+    undone; or they differ because of it, and it must be kept. Going back tells
+    the two apart:
+
+        losses are equal                 g <- g + .06
+        they differ                      g <- .8 g
+        ... and are equal once more      s <- s exp(g / 2), g <- .06
+
+    So s is again what it was before the plateau if there is a signal all the
+    way to it, and else the least sigma that was found to have one. No sigma
+    grows beyond `most`.
+
+    Attributes:
+        log_base: log s^2 [groups].
+        amount: g, a scalar.
+        blind: 1 if the last step saw equal losses, else 0.
+    """
+
+    log_base: tf.Tensor
+    amount: tf.Tensor
+    blind: tf.Tensor
+
+    def log_variance(self, most: float) -> tf.Tensor:
+        """log s^2 + g, [groups], where that is at most log most^2."""
+        grown = tf.minimum(self.log_base + self.amount, log_variance_of(most))
+        return tf.maximum(self.log_base, grown)
+
+    def after(self, blind: tf.Tensor, most: float) -> Growth:
+        """The growth after a step.
+
+        Args:
+            blind: whether the step saw equal losses.
+            most: the largest sigma it grows to.
+        """
+        lost = tf.logical_and(blind, tf.equal(self.blind, 0))
+        base = tf.where(lost, self.log_variance(most), self.log_base)
+        room = tf.nn.relu(log_variance_of(most) - tf.reduce_min(base))
+        grown = tf.where(lost, tf.zeros_like(room), self.amount) + _BLIND_RATE
+        return Growth(
+            base,
+            tf.where(blind, tf.minimum(grown, room), _KEPT * self.amount),
+            tf.cast(blind, base.dtype),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class FollowMean:
     """The rule: beta descends from a base, and sigma follows the mean.
 
-    Its state is `base_log_variance`, log s^2 [groups], and `averaged_mean`, m
-    [d].
+    Its state is `base_log_variance`, log s^2 [groups]; `averaged_mean`, m [d];
+    and the scalars of `Growth`, `blind_growth` and `blind`.
 
     Attributes:
         descent: of the base.
@@ -79,9 +132,12 @@ class FollowMean:
     population_size: int
 
     def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
+        zero = tf.zeros([], gaussian.layout.dtype)
         return {
             "base_log_variance": gaussian.log_variance,
             "averaged_mean": gaussian.mean,
+            "blind_growth": zero,
+            "blind": zero,
         }
 
     def base_stddev(self, state: State) -> tf.Tensor | None:
@@ -89,7 +145,7 @@ class FollowMean:
 
     def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
         lift = lifted(
-            self._next_base(step, state),
+            self._next_growth(step, state).log_variance(self._most_grown),
             proposal.mean - self._average(step, state),
             step.gaussian.layout,
             self.blocks,
@@ -100,20 +156,37 @@ class FollowMean:
     def settle(
         self, step: Step, proposal: Proposal, state: State
     ) -> dict[str, tf.Tensor]:
-        base, new_base = (
-            state["base_log_variance"],
-            self._next_base(step, state),
-        )
+        old, new = self._growth(state), self._next_growth(step, state)
+        base, amount = new.log_base, new.amount
         if proposal.fraction is not None:
-            new_base = base + proposal.fraction * (new_base - base)
+            base = old.log_base + proposal.fraction * (base - old.log_base)
+            amount = old.amount + proposal.fraction * (amount - old.amount)
         average = averaged_mean(
             self._average(step, state), proposal.mean, step.updates + 1
         )
-        return {"base_log_variance": new_base, "averaged_mean": average}
+        return {
+            "base_log_variance": base,
+            "averaged_mean": average,
+            "blind_growth": amount,
+            "blind": new.blind,
+        }
 
-    def _next_base(self, step: Step, state: State) -> tf.Tensor:
-        base = blind_growth(state["base_log_variance"], step.direction)
-        return self.descent.descend(base, step.direction)
+    @property
+    def _most_grown(self) -> float:
+        most = _MOST_LIFTED * noise_scale(self.blocks)
+        return min(most, self.descent.bounds.max_stddev)
+
+    @staticmethod
+    def _growth(state: State) -> Growth:
+        return Growth(
+            state["base_log_variance"], state["blind_growth"], state["blind"]
+        )
+
+    def _next_growth(self, step: Step, state: State) -> Growth:
+        blind = is_blind(step.direction)
+        new = self._growth(state).after(blind, self._most_grown)
+        base = self.descent.descend(new.log_base, step.direction)
+        return new._replace(log_base=base)
 
     def _average(self, step: Step, state: State) -> tf.Tensor:
         """m; before the first step weights may have been loaded."""
@@ -166,19 +239,13 @@ def averaged_mean(
     return average + (mean - average) / horizon
 
 
-def blind_growth(log_variance: tf.Tensor, direction: Direction) -> tf.Tensor:
-    """log s^2 grows by .06 where all losses are equal, else as it is.
+def is_blind(direction: Direction) -> tf.Tensor:
+    """Whether all losses are equal: both gradients are exactly zero.
 
-    Then both gradients are exactly zero: sigma is too small to see a step of
-    the loss.
-
-    Args:
-        log_variance: log s^2, [groups].
-        direction: the gradients.
+    Then sigma may be too small to see a step of the loss.
     """
     blind = tf.reduce_all(tf.equal(direction.log_variance, 0))
-    blind &= tf.reduce_all(tf.equal(direction.mean, 0))
-    return tf.where(blind, log_variance + _BLIND_RATE, log_variance)
+    return blind & tf.reduce_all(tf.equal(direction.mean, 0))
 
 
 def lifted(
