@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from keras_vo.keras_compat import (
     uses_weight_decay,
 )
 
-__all__ = ["build", "check_no_overwriting", "checked_inner"]
+__all__ = ["build", "check_no_overwriting", "checked_inner", "slow_down"]
 
 # Of an inner optimizer given by name. docs/decisions/0013-sizes-by-default.md.
 _LEARNING_RATE = 0.02
+# Where weights are trained already. docs/decisions/0030-trained-weights.md.
+_SLOW = 0.1
 
 
 def checked_inner(inner: Any, max_kl: float | None) -> Any:
@@ -104,6 +107,13 @@ def check_no_overwriting(inner: Any) -> None:
             "a replica's step (keras#20582). (At the end of `fit` they are.) "
             f"Received: ema_overwrite_frequency={frequency}"
         )
+
+
+def slow_down(inner: Any) -> None:
+    """Lowers the learning rate that a name stood for, if it still has it."""
+    rate = keras.ops.convert_to_numpy(inner.learning_rate)
+    if math.isclose(rate, _LEARNING_RATE, rel_tol=1e-6):
+        inner.learning_rate = _SLOW * _LEARNING_RATE
 
 
 def _nothing(store: Any) -> None:

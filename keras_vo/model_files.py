@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from keras_vo.keras_compat import layers_of
 from keras_vo.layers import as_dense, convert_dense
 from keras_vo.optimizer import find_vo_optimizer
+from keras_vo.pretrained import trained_weights
 from keras_vo.replicas.model import ReplicatedModel
 
 __all__ = ["ModelFiles"]
@@ -80,3 +82,13 @@ class ModelFiles(ReplicatedModel):
         """Builds a `VOOptimizer` that is not built yet, and no other."""
         if find_vo_optimizer(self.optimizer) and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
+
+    def _begin_search(self) -> None:
+        """Builds the search; one of trained weights begins with small steps."""
+        optimizer = find_vo_optimizer(self.optimizer)
+        if optimizer is not None and all(
+            layer.built for layer in layers_of(self)
+        ):
+            self._build_vo_optimizer()
+            if optimizer.built:  # something is trained
+                optimizer.start_from(trained_weights(self))

@@ -69,7 +69,8 @@ class VOOptimizer(SearchSteps):
         inner_optimizer: the Keras optimizer that moves mu by the search
             gradient. Its learning rate (and schedule), weight decay, EMA and
             clipping act as they do on any gradient. A name stands for that
-            optimizer with learning rate 0.02 and otherwise Keras's defaults.
+            optimizer with learning rate 0.02 (0.002 where `fit` begins with
+            layers that are trained) and otherwise Keras's defaults.
         population_size: number N of members evaluated a step; even if
             `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:
@@ -151,6 +152,7 @@ class VOOptimizer(SearchSteps):
             )
         super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
+        self._inner_by_name = isinstance(inner_optimizer, str)
         self.population_size = checks.checked_size(population_size, antithetic)
         self.search_distribution = distribution_lib.get(search_distribution)
         self.natural_gradient = bool(natural_gradient)

@@ -22,6 +22,8 @@ from keras_vo.search.rules import Bounds, Descent, Rule, Scheduled
 __all__ = ["GaussianSearchDistribution", "get"]
 
 _AUTO = 0.2
+# Of that, for trained weights. docs/decisions/0030-trained-weights.md.
+_TRAINED = 0.1
 _VARIANCES = ("fixed", "isotropic", "layerwise", "separable")
 
 
@@ -42,10 +44,11 @@ class GaussianSearchDistribution:
         stddev: initial standard deviation sigma, in units of the weights.
             `"auto"`: 0.2; or, where sigma follows the mean (see
             `follow_mean`) and that is more than 3 / sqrt(fan in), 1 /
-            sqrt(fan in). A number is taken as it is, with a warning where
-            `"auto"` would not. A `keras.optimizers.schedules`
-            `LearningRateSchedule` is sigma as a function of the number of
-            updates, for the variance "fixed".
+            sqrt(fan in). Of layers that are trained already, in a model when
+            `fit` begins, a tenth of that. A number is taken as it is, with a
+            warning where it is more than 3 / sqrt(fan in). A
+            `LearningRateSchedule` of `keras.optimizers.schedules` is sigma as
+            a function of the number of updates, for the variance "fixed".
         learning_rate: learning rate of beta. With natural gradients, centred
             ranks and a population that agrees, one step changes sigma by a
             factor of about exp(learning_rate / 4) at most.
@@ -187,6 +190,17 @@ class GaussianSearchDistribution:
         return log_variance_of(
             min(max(stddev, self.min_stddev), self.max_stddev)
         )
+
+    def log_variance_of_trained(self, log_variance: float) -> float:
+        """beta before the first step, of weights that are trained already.
+
+        Args:
+            log_variance: beta of new weights.
+        """
+        if not _is_auto(self.stddev):
+            return log_variance
+        smaller = log_variance + log_variance_of(_TRAINED)
+        return max(smaller, log_variance_of(self.min_stddev))
 
     def rules(
         self, variables: Sequence[Any], population_size: int

@@ -41,6 +41,7 @@ class SearchVariables(keras.optimizers.Optimizer):
     search_distribution: GaussianSearchDistribution
     seed: int | None
     population_size: int
+    _inner_by_name: bool
     _trained: Callable[[], list[Any]]
 
     def __init__(self, name: str | None) -> None:
@@ -100,19 +101,53 @@ class SearchVariables(keras.optimizers.Optimizer):
             variables, self.population_size
         )
         precision.warn_where_too_coarse(variables, stddev_of(beta))
+        self._small_start = distribution.log_variance_of_trained(beta)
         beta = tf.constant(beta, self._layout.dtype)
         self._log_variance = self._add_state(
             "log_variance", tf.fill([self._layout.num_groups], beta)
         )
-        start = self._gaussian(variables)
         self._rule_state = {
             name: self._add_state(name, value)
-            for rule in self._settings.rules
-            for name, value in rule.init(start).items()
+            for name, value in self._initial_rule_state().items()
         }
         super().build(variables)
         if self.observer is not None:
             self.observer.build(self._layout, *self._layers)
+
+    def _initial_rule_state(self) -> dict[str, tf.Tensor]:
+        start = self._gaussian(self._trained())
+        return {
+            name: value
+            for rule in self._settings.rules
+            for name, value in rule.init(start).items()
+        }
+
+    def start_from(self, trained: Sequence[Any]) -> None:
+        """Makes what is chosen by default smaller, where weights are trained.
+
+        That is sigma of these weights with `stddev="auto"`, and the learning
+        rate of an inner optimizer that is given by name. It does nothing
+        once the search has begun.
+
+        Args:
+            trained: those of the variables that are trained already.
+        """
+        own = {id(v) for v in self._trained()}
+        known = {id(v) for v in trained} & own
+        if not known or keras.ops.convert_to_numpy(self.generations) > 0:
+            return
+        beta = tf.convert_to_tensor(self._log_variance)
+        marks = [
+            tf.fill(v.shape, tf.cast(id(v) in known, beta.dtype))
+            for v in self._trained()
+        ]
+        marked = self._layout.group_means(self._layout.flatten(marks)) > 0
+        smaller = tf.cast(self._small_start, beta.dtype)
+        self._log_variance.assign(tf.where(marked, smaller, beta))
+        for name, value in self._initial_rule_state().items():
+            self._rule_state[name].assign(value)
+        if self._inner_by_name:
+            inner_lib.slow_down(self.inner_optimizer)
 
     def _add_state(self, name: str, value: tf.Tensor) -> Any:
         variable = self.add_variable(

@@ -7,7 +7,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_vo.keras_compat import layers_of
 from keras_vo.model_files import ModelFiles
 
 __all__ = ["StepFunctions"]
@@ -42,11 +41,13 @@ class StepFunctions(ModelFiles):
         if step != self.train_step:
             return function
 
+        begun = False
+
         def train_function(iterator: Any) -> Any:
-            if not getattr(self.optimizer, "built", True) and all(
-                layer.built for layer in layers_of(self)
-            ):
-                self._build_vo_optimizer()
+            nonlocal begun
+            if not begun:
+                self._begin_search()
+                begun = True
             if not self._holds_members:
                 return function(iterator)
             variables = self.trainable_variables

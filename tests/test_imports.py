@@ -40,6 +40,7 @@ ROOMS = {
     "exchange": {"replicas"},
     "saved_search": set(),
     "layer_state": {"search", "keras_compat"},
+    "pretrained": {"keras_compat"},
     "user_steps": set(),
     "population_metrics": {"search", "checks"},
     "search_variables": None,
