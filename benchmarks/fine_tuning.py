@@ -116,7 +116,7 @@ def error(model, x, y):
 
 def fine_tune(weights, data, loss, setting, seed):
     x, x_val, y, y_val = data
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(seed + 100)  # of a new last layer
     model = keras_vo.VOSequential(layers())
     if epochs():
         kept = weights[: len(weights) - FLAGS.head]

@@ -8,7 +8,7 @@ from typing import Any
 from keras_vo.keras_compat import layers_of
 from keras_vo.layers import as_dense, convert_dense
 from keras_vo.optimizer import find_vo_optimizer
-from keras_vo.pretrained import trained_weights
+from keras_vo.pretrained import is_trained
 from keras_vo.replicas.model import ReplicatedModel
 
 __all__ = ["ModelFiles"]
@@ -90,5 +90,5 @@ class ModelFiles(ReplicatedModel):
             layer.built for layer in layers_of(self)
         ):
             self._build_vo_optimizer()
-            if optimizer.built:  # something is trained
-                optimizer.start_from(trained_weights(self))
+            if optimizer.built and is_trained(self):
+                optimizer.start_small()

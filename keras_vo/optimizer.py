@@ -69,8 +69,8 @@ class VOOptimizer(SearchSteps):
         inner_optimizer: the Keras optimizer that moves mu by the search
             gradient. Its learning rate (and schedule), weight decay, EMA and
             clipping act as they do on any gradient. A name stands for that
-            optimizer with learning rate 0.02 (0.002 where `fit` begins with
-            layers that are trained) and otherwise Keras's defaults.
+            optimizer with learning rate 0.02 (0.002 for a model that is
+            trained already when `fit` begins), otherwise Keras's defaults.
         population_size: number N of members evaluated a step; even if
             `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:

@@ -1,13 +1,15 @@
-"""Which layers of a model are trained already.
+"""Whether a model is trained already.
 
 Every layer of Keras says what its weights began as: `bias_initializer` is of
-`bias`, `gamma_initializer` of `gamma`, and so on. So a layer is trained if any
-of its weights that begin as a constant (biases, and the scales and statistics
-of a normalization) is something else. For one that has only weights of other
-kinds there is a second sign: an initializer with a seed draws what it drew
-before. But the weights of a new network may have been copied or loaded, so
-that alone says something only where no layer has a constant to begin with,
-and none still has what its initializer draws.
+`bias`, `gamma_initializer` of `gamma`, and so on. A layer is trained if any of
+its weights that begin as a constant (biases, and the scales and statistics of
+a normalization) is something else. A layer that has only others is trained if
+its initializers, which have a seed, do not draw them once more. (The weights
+of a new network may have been copied or loaded, so that this would be a poor
+sign for layers that have the other one.)
+
+A model is trained if all of its layers are: one with a new last layer knows
+nothing yet.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 
 from keras_vo.keras_compat import layers_of
 
-__all__ = ["trained_weights"]
+__all__ = ["is_trained"]
 
 _SUFFIX = "_initializer"
 _CONSTANTS = (
@@ -30,45 +32,38 @@ _CONSTANTS = (
 )
 
 
-def trained_weights(model: Any) -> list[Any]:
-    """The trainable weights of the layers that are trained already.
+def is_trained(model: Any) -> bool:
+    """Whether all layers that have trainable weights are trained already.
+
+    Those that say nothing of their weights do not count.
 
     Args:
         model: a Keras model whose weights exist.
     """
-    layers = [layer for layer in layers_of(model) if _own(layer)]
-    moved: dict[int, bool] = {}
-    for index, layer in enumerate(layers):
-        signs = [
-            _moved(variable, initializer)
-            for variable, initializer in _initialized(layer)
-            if isinstance(initializer, _CONSTANTS)
-        ]
-        if signs:
-            moved[index] = any(signs)
-    if moved and not any(moved.values()):
-        return []
-    others = {
-        index: _is_drawn_no_more(layer)
-        for index, layer in enumerate(layers)
-        if index not in moved
-    }
-    if not moved and not all(others.values()):
-        return []
-    trained = moved | others
-    return [
-        v for i, layer in enumerate(layers) if trained[i] for v in _own(layer)
-    ]
+    signs = [_is_trained_layer(layer) for layer in layers_of(model)]
+    known = [sign for sign in signs if sign is not None]
+    return bool(known) and all(known)
 
 
-def _own(layer: Any) -> list[Any]:
-    """Its trainable weights, but those of layers in it."""
-    inner = {id(v) for part in layers_of(layer)[1:] for v in part.variables}
-    return [v for v in layer.trainable_variables if id(v) not in inner]
+def _is_trained_layer(layer: Any) -> bool | None:
+    """The same of one layer, without those in it; `None`: it says nothing."""
+    if not layer.trainable_variables:
+        return None
+    constant, drawn = [], []
+    for variable, initializer in _initialized(layer):
+        if isinstance(initializer, _CONSTANTS):
+            constant.append(_has_moved(variable, initializer))
+        elif isinstance(getattr(initializer, "seed", None), int):
+            drawn.append((variable, initializer))
+    if constant:
+        return any(constant)
+    if drawn:
+        return not any(_is_drawn(*pair) for pair in drawn)
+    return None
 
 
 def _initialized(layer: Any) -> Iterator[tuple[Any, Any]]:
-    """Its variables with their initializers."""
+    """Its own variables with their initializers."""
     for name in dir(layer):
         if name.endswith(_SUFFIX) and not name.startswith("_"):
             variable = getattr(layer, name.removesuffix(_SUFFIX), None)
@@ -76,23 +71,16 @@ def _initialized(layer: Any) -> Iterator[tuple[Any, Any]]:
                 yield variable, getattr(layer, name)
 
 
-def _moved(variable: Any, initializer: Any) -> bool:
+def _has_moved(variable: Any, initializer: Any) -> bool:
     """Whether it is not the constant; an LSTM's bias begins as 0 and 1."""
     value = keras.ops.convert_to_numpy(variable)
     begun = keras.ops.convert_to_numpy(initializer(value.shape, variable.dtype))
     return bool(np.any((value != begun) & (value != 0) & (value != 1)))
 
 
-def _is_drawn_no_more(layer: Any) -> bool:
-    """Whether initializers that can draw a weight once more draw another."""
-    return all(
-        bool(
-            keras.ops.any(
-                keras.ops.not_equal(
-                    initializer(tuple(variable.shape), variable.dtype), variable
-                )
-            )
-        )
-        for variable, initializer in _initialized(layer)
-        if isinstance(getattr(initializer, "seed", None), int)
+def _is_drawn(variable: Any, initializer: Any) -> bool:
+    """Whether the initializer draws it once more."""
+    drawn = initializer(tuple(variable.shape), variable.dtype)
+    return np.array_equal(
+        keras.ops.convert_to_numpy(drawn), keras.ops.convert_to_numpy(variable)
     )

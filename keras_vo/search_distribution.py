@@ -44,8 +44,8 @@ class GaussianSearchDistribution:
         stddev: initial standard deviation sigma, in units of the weights.
             `"auto"`: 0.2; or, where sigma follows the mean (see
             `follow_mean`) and that is more than 3 / sqrt(fan in), 1 /
-            sqrt(fan in). Of layers that are trained already, in a model when
-            `fit` begins, a tenth of that. A number is taken as it is, with a
+            sqrt(fan in). Of a model that is trained already when `fit`
+            begins, a tenth of that. A number is taken as it is, with a
             warning where it is more than 3 / sqrt(fan in). A
             `LearningRateSchedule` of `keras.optimizers.schedules` is sigma as
             a function of the number of updates, for the variance "fixed".

@@ -101,7 +101,8 @@ class SearchVariables(keras.optimizers.Optimizer):
             variables, self.population_size
         )
         precision.warn_where_too_coarse(variables, stddev_of(beta))
-        self._small_start = distribution.log_variance_of_trained(beta)
+        small = distribution.log_variance_of_trained(beta)
+        self._small_start = tf.constant(small, self._layout.dtype)
         beta = tf.constant(beta, self._layout.dtype)
         self._log_variance = self._add_state(
             "log_variance", tf.fill([self._layout.num_groups], beta)
@@ -122,28 +123,17 @@ class SearchVariables(keras.optimizers.Optimizer):
             for name, value in rule.init(start).items()
         }
 
-    def start_from(self, trained: Sequence[Any]) -> None:
-        """Makes what is chosen by default smaller, where weights are trained.
+    def start_small(self) -> None:
+        """Makes smaller what is chosen by default, for trained weights.
 
-        That is sigma of these weights with `stddev="auto"`, and the learning
-        rate of an inner optimizer that is given by name. It does nothing
-        once the search has begun.
-
-        Args:
-            trained: those of the variables that are trained already.
+        That is sigma with `stddev="auto"`, and the learning rate of an inner
+        optimizer that is given by name. It does nothing once the search has
+        begun.
         """
-        own = {id(v) for v in self._trained()}
-        known = {id(v) for v in trained} & own
-        if not known or keras.ops.convert_to_numpy(self.generations) > 0:
+        if keras.ops.convert_to_numpy(self.generations) > 0:
             return
         beta = tf.convert_to_tensor(self._log_variance)
-        marks = [
-            tf.fill(v.shape, tf.cast(id(v) in known, beta.dtype))
-            for v in self._trained()
-        ]
-        marked = self._layout.group_means(self._layout.flatten(marks)) > 0
-        smaller = tf.cast(self._small_start, beta.dtype)
-        self._log_variance.assign(tf.where(marked, smaller, beta))
+        self._log_variance.assign(tf.fill(beta.shape, self._small_start))
         for name, value in self._initial_rule_state().items():
             self._rule_state[name].assign(value)
         if self._inner_by_name:
