@@ -252,8 +252,19 @@ def make_optimizer(
     )
 
 
-def by_default(population_size: int) -> keras_vo.VOOptimizer:
-    return keras_vo.VOOptimizer(population_size=population_size, seed=3)
+def by_default(
+    population_size: int, stddev: float = 0.2
+) -> keras_vo.VOOptimizer:
+    """With the sigma and rate of a new network.
+
+    Biases that are set from NumPy look trained.
+    """
+    return keras_vo.VOOptimizer(
+        keras.optimizers.Adam(0.02),
+        population_size=population_size,
+        search_distribution=keras_vo.GaussianSearchDistribution(stddev=stddev),
+        seed=3,
+    )
 
 
 # --- runs ---
@@ -601,7 +612,8 @@ model(
     structure="separable",
     fitness_shaping="identity",
 )
-# The default sigma is kept in the first and replaced in the others.
+# The default sigma is 0.2 in the first, 1 / sqrt(fan in) in the others.
+WIDE_STDDEV = ((16 + 10) / (784 * 16 + 16 * 10)) ** 0.5
 model(
     "defaults-64-32-10",
     functools.partial(dense, 32, 10),
@@ -612,13 +624,13 @@ model(
     "defaults-784-16-10",
     functools.partial(dense, 16, 10),
     functools.partial(tabular, 784, 10),
-    optimizer=functools.partial(by_default, 16),
+    optimizer=functools.partial(by_default, 16, WIDE_STDDEV),
 )
 model(
     "defaults-local-784-16-10",
     lambda: [LocalReparamDense(16, "relu"), LowRankDense(10)],
     functools.partial(tabular, 784, 10),
-    optimizer=functools.partial(by_default, 16),
+    optimizer=functools.partial(by_default, 16, WIDE_STDDEV),
     **EXTRA,
 )
 
