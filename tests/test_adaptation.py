@@ -562,6 +562,27 @@ def test_growth_is_limited_and_taken_back(variance):
     assert np.max(seen) == pytest.approx(0.02, rel=1e-6)
 
 
+def test_growth_without_a_fan_in():
+    """100 times, and 0.8 of that is left a step: 0.01 of it after 20."""
+    w, signal = tf.Variable(tf.ones([200])), tf.Variable(0.0)
+    optimizer = keras_vo.VOOptimizer(keras.optimizers.SGD(1e-6), seed=1)
+
+    @tf.function
+    def step():
+        return optimizer.minimize(
+            lambda weights: signal * tf.reduce_sum(tf.abs(weights[0])), [w]
+        )
+
+    for _ in range(250):
+        step()
+    start = 0.2 * 100
+    np.testing.assert_allclose(flat(optimizer.stddevs), start, rtol=1e-5)
+    signal.assign(1.0)
+    for _ in range(25):
+        step()
+    assert np.max(flat(optimizer.stddevs)) < 0.21
+
+
 def test_growth_that_found_a_signal_is_kept():
     """There is one from 0.1 on: sigma stays about there, and does not flicker.
 

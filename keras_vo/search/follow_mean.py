@@ -62,6 +62,8 @@ _FEW_WEIGHTS = 100
 _LEAST_HORIZON = 20.0
 _MOST_LIFTED, MOST_NOISE = 1.5, 3.0
 _BLIND_RATE, _KEPT = 0.06, 0.8
+# A plateau alone makes sigma 100 s at most, where no fan in says what is large.
+_MOST_GROWTH = 2 * math.log(100.0)
 
 
 class Growth(NamedTuple):
@@ -79,7 +81,7 @@ class Growth(NamedTuple):
 
     So s is again what it was before the plateau if there is a signal all the
     way to it, and else the least sigma that was found to have one. No sigma
-    grows beyond `most`.
+    grows beyond `most`; without a fan in g is at most log 100^2.
 
     Attributes:
         log_base: log s^2 [groups].
@@ -96,16 +98,20 @@ class Growth(NamedTuple):
         grown = tf.minimum(self.log_base + self.amount, log_variance_of(most))
         return tf.maximum(self.log_base, grown)
 
-    def after(self, blind: tf.Tensor, most: float) -> Growth:
+    def after(
+        self, blind: tf.Tensor, most: float, most_amount: float = math.inf
+    ) -> Growth:
         """The growth after a step.
 
         Args:
             blind: whether the step saw equal losses.
             most: the largest sigma it grows to.
+            most_amount: the largest g.
         """
         lost = tf.logical_and(blind, tf.equal(self.blind, 0))
         base = tf.where(lost, self.log_variance(most), self.log_base)
         room = tf.nn.relu(log_variance_of(most) - tf.reduce_min(base))
+        room = tf.minimum(room, tf.cast(most_amount, room.dtype))
         grown = tf.where(lost, tf.zeros_like(room), self.amount) + _BLIND_RATE
         return Growth(
             base,
@@ -184,7 +190,10 @@ class FollowMean:
 
     def _next_growth(self, step: Step, state: State) -> Growth:
         blind = is_blind(step.direction)
-        new = self._growth(state).after(blind, self._most_grown)
+        shapeless = math.isinf(noise_scale(self.blocks))
+        new = self._growth(state).after(
+            blind, self._most_grown, _MOST_GROWTH if shapeless else math.inf
+        )
         base = self.descent.descend(new.log_base, step.direction)
         return new._replace(log_base=base)
 
