@@ -19,6 +19,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_vo.keras_compat import layers_of
 
@@ -73,14 +74,16 @@ def _initialized(layer: Any) -> Iterator[tuple[Any, Any]]:
 
 def _has_moved(variable: Any, initializer: Any) -> bool:
     """Whether it is not the constant; an LSTM's bias begins as 0 and 1."""
-    value = keras.ops.convert_to_numpy(variable)
-    begun = keras.ops.convert_to_numpy(initializer(value.shape, variable.dtype))
+    value = _numpy(variable)
+    begun = _numpy(initializer(value.shape, variable.dtype))
     return bool(np.any((value != begun) & (value != 0) & (value != 1)))
 
 
 def _is_drawn(variable: Any, initializer: Any) -> bool:
     """Whether the initializer draws it once more."""
     drawn = initializer(tuple(variable.shape), variable.dtype)
-    return np.array_equal(
-        keras.ops.convert_to_numpy(drawn), keras.ops.convert_to_numpy(variable)
-    )
+    return np.array_equal(_numpy(drawn), _numpy(variable))
+
+
+def _numpy(value: Any) -> Any:
+    return tf.convert_to_tensor(value).numpy()

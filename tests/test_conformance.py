@@ -423,6 +423,11 @@ def assert_members_are_the_mean(model, x, y, batches):
         model.reset_metrics()
 
 
+# Losses that hardly differ, as is meant here.
+BLURRED = "ignore:The members' losses differ"
+
+
+@pytest.mark.filterwarnings(BLURRED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_sigma_it_is_dense_under_masks_and_batch_statistics(kind):
     layer = KINDS[kind].layer
@@ -441,6 +446,7 @@ def test_without_sigma_it_is_dense_under_masks_and_batch_statistics(kind):
     assert_members_are_the_mean(model, *sequences(), batches=2)
 
 
+@pytest.mark.filterwarnings(BLURRED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_sigma_it_is_dense_under_dropout(kind):
     """All members have the mask of the mean network."""
@@ -451,6 +457,7 @@ def test_without_sigma_it_is_dense_under_dropout(kind):
     assert_members_are_the_mean(model, x[:8], x[:8, :1] + 1, batches=2)
 
 
+@pytest.mark.filterwarnings(BLURRED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_sigma_it_is_dense_after_states(kind):
     """All members start from the state that the mean network starts from."""

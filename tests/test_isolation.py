@@ -340,8 +340,11 @@ def plain():
     return fitted(Plain)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("cls", TWINS)
+@pytest.mark.parametrize(
+    ("cls", "eager"),
+    [(cls, False) for cls in TWINS]
+    + [(cls, True) for cls in (FunctionCall, Concrete, GetWeights)],
+)
 def test_functions_see_the_members_weights(cls, eager, plain):
     population_loss, weights = fitted(cls, eager)
     np.testing.assert_allclose(population_loss, plain[0], rtol=1e-4)
@@ -459,25 +462,27 @@ def of_parameters(x):
     )
 
 
+def function():
+    return tf.function(lambda x: x + tf.random.normal(tf.shape(x)))
+
+
+# Layers with randomness of their own, together where they work alike.
 RANDOM = {
-    "normal": lambda: lambda x: x + tf.random.normal(tf.shape(x)),
-    "truncated": lambda: lambda x: x + tf.random.truncated_normal(tf.shape(x)),
-    "dropout": lambda: lambda x: tf.nn.dropout(x, 0.5),
-    "gumbel": lambda: gumbel,
-    "shuffle": lambda: tf.random.shuffle,
-    "integers": lambda: (
+    "shapes": lambda: [
+        lambda x: x + tf.random.normal(tf.shape(x)),
+        lambda x: x + tf.random.truncated_normal(tf.shape(x)),
+        lambda x: tf.nn.dropout(x, 0.5),
+        gumbel,
+    ],
+    "parameters": lambda: [
+        of_parameters,
+        tf.random.shuffle,
         lambda x: (
             x + tf.cast(tf.random.uniform(tf.shape(x), 0, 5, tf.int32), x.dtype)
-        )
-    ),
-    "parameters": lambda: of_parameters,
-    "generator": of_generator,
-    "branch": lambda: in_branch,
-    "function": lambda: tf.function(
-        lambda x: x + tf.random.normal(tf.shape(x))
-    ),
-    "numpy": lambda: in_python(numpys),
-    "python": lambda: in_python(pythons),
+        ),
+    ],
+    "functions": lambda: [in_branch, function(), of_generator()],
+    "python": lambda: [in_python(numpys), in_python(pythons)],
 }
 TINY = 1e-6  # a standard deviation that by itself changes losses by less
 
@@ -522,11 +527,14 @@ def spread(layers, eager=False, generation=0, loss="mse"):
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_members_draw_the_same_and_so_does_a_resumed_run(name):
+    def layers():
+        return [Own(draw) for draw in RANDOM[name]()]
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        difference, mean = spread([Own(RANDOM[name]())])
-        again = spread([Own(RANDOM[name]())])
-        later = spread([Own(RANDOM[name]())], generation=1)
+        difference, mean = spread(layers())
+        again = spread(layers())
+        later = spread(layers(), generation=1)
     assert difference < 1e-3
     np.testing.assert_allclose(again[1], mean, rtol=1e-5)
     assert abs(later[1] - mean) > 1e-4 * mean
@@ -655,12 +663,9 @@ def test_two_replicas_keep_their_members_apart():
         return models.fit(model, x, y)["population_loss"]
 
     strategy = models.mirrored(2)
-    np.testing.assert_allclose(
-        run(strategy, FunctionOfAutoGraph), run(strategy, Plain), rtol=1e-4
-    )
-    np.testing.assert_allclose(
-        run(strategy, FunctionCall), run(strategy, Plain), rtol=1e-4
-    )
+    want = run(strategy, Plain)
+    for cls in (FunctionCall, FunctionOfAutoGraph):
+        np.testing.assert_allclose(run(strategy, cls), want, rtol=1e-4)
 
 
 # Programs that are called.

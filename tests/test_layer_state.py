@@ -55,6 +55,7 @@ STATEFUL = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The members' losses differ")
 @pytest.mark.parametrize("case", STATEFUL)
 def test_members_without_noise_lose_what_the_mean_network_loses(case):
     """Three steps, with sigma 1e-6 and a mean that stands still.

@@ -345,6 +345,7 @@ class CallsAnotherLayerInMembers(keras_vo.VOModel):
         return outputs + self.sometimes(inputs) if self.calls > 1 else outputs
 
 
+@pytest.mark.filterwarnings("ignore:The loss does not depend on the weights")
 def test_a_layer_that_the_mean_network_does_not_call():
     """Its kernel has full-rank noise: that of Dense in its place."""
     moved = []

@@ -16,7 +16,7 @@ from keras_vo.search import credit
 START = [4.0, -3.0]
 
 
-def minimized(objective, graph=False, shaping="centered_rank", steps=15):
+def minimized(objective, graph=False, shaping="centered_rank", steps=6):
     """Where a search from `START` gets to, and the loss it returns last."""
     w = tf.Variable(START)
     optimizer = models.make_optimizer("separable", fitness_shaping=shaping)
@@ -62,14 +62,16 @@ GRAPH = {
 }
 
 
-@pytest.mark.parametrize("shaping", ["centered_rank", "nes"])
+@pytest.fixture(scope="module")
+def ranked():
+    return minimized(number)[0]
+
+
 @pytest.mark.parametrize("name", [*EAGER, *(f"graph {n}" for n in GRAPH)])
-def test_ranks_take_no_notice_of_scale_and_offset(name, shaping):
+def test_ranks_take_no_notice_of_scale_and_offset(name, ranked):
     graph = name.startswith("graph ")
     objective = GRAPH[name[6:]] if graph else EAGER[name]
-    got, _ = minimized(objective, graph, shaping)
-    want, _ = minimized(number, shaping=shaping)
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(minimized(objective, graph)[0], ranked)
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -156,8 +158,15 @@ def trained(loss, eager=False, cls=keras_vo.VOSequential, strategy=None):
     return model.get_weights()
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("name", ["function", "class", "compute_loss"])
+@pytest.mark.parametrize(
+    ("name", "eager"),
+    [
+        ("function", False),
+        ("function", True),
+        ("class", False),
+        ("compute_loss", False),
+    ],
+)
 def test_a_model_with_an_offset_in_its_loss(name, eager):
     cls = WideModel if name == "compute_loss" else keras_vo.VOSequential
     loss = {"function": wide, "class": Wide()}.get(name)
