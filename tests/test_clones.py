@@ -168,7 +168,7 @@ def test_arguments_of_clone_model():
 
 # --- scikit-learn ---
 
-WRAPPED = ["VOModel", "sequential", "subclassed", "block_in_sequential"]
+WRAPPED = ["sequential", "subclassed"]
 
 
 def classifier(model, **fit):

@@ -615,8 +615,10 @@ class CountingLoss(keras.losses.Loss):
         return keras.losses.sparse_categorical_crossentropy(y_true, y_pred)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("where", ["layer", "loss", "function"])
+@pytest.mark.parametrize(
+    ("where", "eager"),
+    [("layer", False), ("layer", True), ("loss", False), ("function", True)],
+)
 def test_counters_count_steps_not_members(where, eager):
     def run(raw):
         layer, loss = Counts(raw), CountingLoss(raw)

@@ -67,7 +67,6 @@ SHUFFLED = {"shuffle": True}
         (arrays, Seeded, 2, "epoch", {}, True),
         (arrays, None, 1, "epoch", SHUFFLED, True),
         (in_one_order, None, 1, "epoch", {}, True),
-        (arrays, None, 2, "epoch", SHUFFLED, False),
         (dataset, None, 1, "epoch", {}, False),
         (arrays, Unseeded, 2, "epoch", {}, False),
         (arrays, None, 1, 2, {}, False),
