@@ -214,5 +214,8 @@ def _chunk_evaluator(
 
 def _stacked(*tensors: tf.Tensor) -> tf.Tensor:
     """Stacked in the widest dtype: losses may be now a number, now a tensor."""
-    widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.size)
-    return tf.stack([tf.cast(t, widest) for t in tensors])
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1:
+        widest = max(dtypes, key=lambda dtype: dtype.size)
+        return tf.stack([tf.cast(t, widest) for t in tensors])
+    return tf.stack(tensors)

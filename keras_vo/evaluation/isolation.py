@@ -155,6 +155,8 @@ class Isolation:
             *args: its arguments.
             after: the outcomes of the members before it.
         """
+        if tf.executing_eagerly():
+            return self._run_eagerly(member, *args)
         with contextlib.ExitStack() as scopes:
             if self._inline and self._seed is not None:
                 scopes.enter_context(_inlined())
@@ -168,19 +170,24 @@ class Isolation:
             if self._seeds_python:
                 seeded = self._python.seed()
                 scopes.enter_context(tf.control_dependencies([seeded]))
-            if tf.executing_eagerly() and self._noted is None:
-                self._noted = EagerEffects()
-                scopes.enter_context(self._noted.noted())
-            try:
-                outcome = member(*args)
-            except BaseException:
-                if tf.executing_eagerly():
-                    self._restore()
-                raise
+            outcome = member(*args)
         with tf.control_dependencies(tf.nest.flatten(outcome)):
             restored = self._restore()
         with tf.control_dependencies(restored):
             return tf.nest.map_structure(tf.identity, outcome)
+
+    def _run_eagerly(self, member: Callable[..., Any], *args: Any) -> Any:
+        """The same; variables are set back whatever the member raises."""
+        if self._seeds_python:
+            self._python.seed()
+        try:
+            if self._noted is not None:
+                return member(*args)
+            self._noted = EagerEffects()  # the first one shows what all do
+            with self._noted.noted():
+                return member(*args)
+        finally:
+            self._restore()
 
     @contextlib.contextmanager
     def objective(self, weights: Sequence[tf.Tensor]) -> Iterator[None]:
