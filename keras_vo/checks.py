@@ -5,10 +5,10 @@ Every error says what was expected and what was received.
 
 from __future__ import annotations
 
+import decimal
 import math
 import numbers
 import operator
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras_vo.search.credit import MEMBER
 
 __all__ = [
+    "blurred_message",
     "check_batch",
     "check_variables",
     "checked_integer",
@@ -30,7 +31,6 @@ __all__ = [
     "checked_size",
     "checked_variables",
     "variable_name",
-    "warn_of_blurred",
 ]
 
 
@@ -190,7 +190,9 @@ def checked_scalar(loss: Any, dtype: tf.DType | None = None) -> tf.Tensor:
         loss: the value.
         dtype: floating; a narrower value is cast to it. `None`: it is not.
     """
-    if isinstance(loss, numbers.Real) and not isinstance(loss, np.floating):
+    if isinstance(loss, (numbers.Real, decimal.Decimal)) and not isinstance(
+        loss, (np.float16, np.float32)
+    ):
         loss = tf.constant(_checked_float(loss), tf.float64)
     if loss is None:
         raise ValueError(
@@ -213,7 +215,7 @@ def checked_scalar(loss: Any, dtype: tf.DType | None = None) -> tf.Tensor:
     return loss
 
 
-def _checked_float(number: numbers.Real) -> float:
+def _checked_float(number: Any) -> float:
     try:
         return float(number)
     except OverflowError as error:
@@ -241,25 +243,17 @@ def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
     return {MEMBER: checked_scalar(by_level[MEMBER], dtype), **losses}
 
 
-_warned_of_blurred = False
-
-
-def warn_of_blurred(where: str) -> None:
-    """Says once that members' losses can't be told apart.
+def blurred_message(where: str) -> str:
+    """What is said of members' losses that can't be told apart.
 
     Args:
         where: when it was.
     """
-    global _warned_of_blurred
-    if not _warned_of_blurred:
-        _warned_of_blurred = True
-        warnings.warn(
-            f"The members' losses differ, {where}, by no more than what "
-            "rounding does to numbers of their size: they can't be ranked. "
-            "Expected: a loss without a large constant, or one in float64. "
-            "(Or sigma is too small.)",
-            stacklevel=2,
-        )
+    return (
+        f"The members' losses differ, {where}, by no more than what rounding "
+        "does to numbers of their size: they can't be ranked. Expected: a loss "
+        "without a large constant, or one in float64. (Or sigma is too small.)"
+    )
 
 
 def check_batch(values: tf.Tensor, inputs: tf.Tensor, requirement: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_vo.checks import warn_of_blurred
+from keras_vo.checks import blurred_message
 from keras_vo.search.credit import Generation, is_blurred
 
 __all__ = ["PopulationMetrics"]
@@ -47,6 +48,7 @@ class PopulationMetrics:
         self.nonfinite = _PopulationSum(name="nonfinite_members")
 
         # Of steps; no entry of the log.
+        self._said = False
         self._blurred = _PopulationSum(name="blurred_generations")
 
     def update(self, generation: Generation, examples: tf.Tensor) -> None:
@@ -82,5 +84,10 @@ class PopulationMetrics:
 
     def warn_if_blurred(self) -> None:
         """Says, at an end of an epoch, if losses could not be told apart."""
-        if tf.executing_eagerly() and float(self._blurred.result()) > 0:
-            warn_of_blurred(f"in {float(self._blurred.result()):.0f} steps")
+        if self._said or not tf.executing_eagerly():
+            return
+        if (steps := float(self._blurred.result())) > 0:
+            self._said = True
+            warnings.warn(
+                blurred_message(f"in {steps:.0f} steps"), stacklevel=2
+            )

@@ -98,6 +98,7 @@ class SearchSteps(SearchVariables):
         isolation = isolation or Isolation(variables)
         isolation.after = [] if baseline is None else [baseline]
         isolation.full = perturbations.full
+        isolation.replicas = search.communicator.count
 
         def losses(weights: list[tf.Tensor]) -> dict[str, tf.Tensor]:
             with isolation.objective(weights):
@@ -111,7 +112,7 @@ class SearchSteps(SearchVariables):
             found = graph.evaluate(
                 perturbations.member(losses), source, isolation, jit_compile
             )
-            isolation.check_equal_losses(found.losses[MEMBER])
+            isolation.check_eagerly(found.losses[MEMBER])
             return Outcomes(
                 found.losses, example_weights, examples, baseline, found
             )

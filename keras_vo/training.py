@@ -110,7 +110,7 @@ class VOTrainStep(StepFunctions):
             some_input = densified(inputs[0])
             check_batch(recording, some_input)
             example_weights = self._example_weights(
-                x, y, y_pred, sample_weight, inputs=some_input
+                isolation, x, y, y_pred, sample_weight, inputs=some_input
             )
             loss = tf.reduce_mean(loss)
         loss = checks.checked_scalar(loss)
@@ -130,7 +130,11 @@ class VOTrainStep(StepFunctions):
             Generation.of(report.losses), report.examples
         )
         loss_tracker(self).update_state(loss, sample_weight=examples)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        # A program that a metric calls, too, is called after the members'.
+        with tf.control_dependencies([report.losses][: isolation.serial]):
+            logs = self.compute_metrics(
+                x, y, y_pred, sample_weight=sample_weight
+            )
         return {**logs, **self._population_metrics.results()}
 
     def _prepare(self, optimizer: VOOptimizer, x: Any) -> None:
@@ -295,7 +299,9 @@ class VOTrainStep(StepFunctions):
             self._by_example = False
         return per_example.checked_examples(losses, inputs), weights
 
-    def _example_weights(self, *data: Any, inputs: tf.Tensor) -> Any:
+    def _example_weights(
+        self, isolation: Isolation, *data: Any, inputs: tf.Tensor
+    ) -> Any:
         """The examples' weights [batch], of mean 1; 1 if there are none.
 
         The mean is that over all replicas.
@@ -303,7 +309,9 @@ class VOTrainStep(StepFunctions):
         Weights of losses may be negative: they count by their size.
         """
         with keras.StatelessScope():  # no update of metrics
-            losses, weights = self._example_losses(*data, inputs=inputs)
+            losses, weights = isolation.beside(
+                lambda: self._example_losses(*data, inputs=inputs)
+            )
         if not weights:
             return 1.0
         total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])

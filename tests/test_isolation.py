@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo.evaluation import isolation
+from keras_vo.evaluation import notices
 from keras_vo.layers import LocalReparamDense
 
 START = [4.0, -3.0]
@@ -21,7 +21,7 @@ START = [4.0, -3.0]
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(isolation, "_warned", set())
+    monkeypatch.setattr(notices, "_said", set())
 
 
 def minimized(objective, graph, variables=None, steps=5):

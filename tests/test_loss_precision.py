@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo import checks
+from keras_vo.evaluation import notices
 from keras_vo.search import credit
 
 START = [4.0, -3.0]
@@ -45,7 +45,9 @@ EAGER = {
     "array": lambda w: np.array(OFFSET + number(w)),
     "integer": lambda w: OFFSET**2 // 1000 + int(1e6 * number(w)),
     "np.int64": lambda w: np.int64(OFFSET + 1e6 * number(w)),
-    "decimal": lambda w: fractions.Fraction(decimal.Decimal(number(w))),
+    "decimal": lambda w: decimal.Decimal(number(w)),
+    "fraction": lambda w: fractions.Fraction(number(w)),
+    "np.longdouble": lambda w: np.longdouble(number(w)),
     "tensor": lambda w: OFFSET + square(w),
     "now and then": lambda w: number(w) if w[0] > 3 else square(w),
     "tiny": lambda w: 1e-60 * number(w),
@@ -183,7 +185,7 @@ def narrow(y_true, y_pred):
 
 @pytest.mark.parametrize("how", ["fit", "minimize"])
 def test_what_float32_has_lost_already_is_said(how, monkeypatch):
-    monkeypatch.setattr(checks, "_warned_of_blurred", False)
+    monkeypatch.setattr(notices, "_said", set())
     with pytest.warns(UserWarning, match="by no more than what rounding") as w:
         if how == "fit":
             trained(narrow)

@@ -10,25 +10,16 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_vo.keras_compat import in_stateless_scope
 from keras_vo.tensorflow_compat import called_for_each_op, variables_read
 
-__all__ = ["RANDOM", "EagerEffects", "Effects"]
+__all__ = ["EagerEffects", "Effects", "is_random"]
 
-# Random ops that keep a state: each run draws other numbers.
-RANDOM = frozenset(
-    {
-        "Multinomial",
-        "ParameterizedTruncatedNormal",
-        "RandomGamma",
-        "RandomPoissonV2",
-        "RandomShuffle",
-        "RandomStandardNormal",
-        "RandomUniform",
-        "RandomUniformInt",
-        "RngReadAndSkip",
-        "StatefulRandomBinomial",
-        "TruncatedNormal",
-    }
+# Ops that keep a state, each run of which draws other numbers.
+_RANDOM = re.compile(
+    "Random|CandidateSampler|Multinomial|SampleDistortedBoundingBox"
+    "|TruncatedNormal|NonDeterministicInts|StatefulUniform"
+    "|StatefulStandardNormal|RngReadAndSkip"
 )
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
 _ASSIGNS = re.compile("Assign|Resource(Apply|Scatter|Sparse)")
@@ -88,10 +79,19 @@ class Effects:
         return cls(
             tuple(read),
             tuple(assigned),
-            RANDOM & (types | called),
-            RANDOM & called if calls else frozenset(),
+            frozenset(filter(is_random, types | called)),
+            frozenset(filter(is_random, called if calls else ())),
             _PYTHON & (types | called),
         )
+
+
+def is_random(op_type: str) -> bool:
+    """Whether an op draws numbers that no seed among its inputs decides."""
+    return bool(
+        _RANDOM.search(op_type)
+        and "Stateless" not in op_type
+        and "Dataset" not in op_type
+    )
 
 
 def _calls(op: Any) -> bool:
@@ -107,6 +107,7 @@ class EagerEffects:
         set: handles of variables that were assigned.
         given: handles of what was given to functions, which may assign it.
         random: as that of `Effects`, but for those whose state is a variable.
+        in_stateless_scope: whether a traced function was called in one.
     """
 
     def __init__(self) -> None:
@@ -114,6 +115,7 @@ class EagerEffects:
         self.set: list[tf.Tensor] = []
         self.given: list[tf.Tensor] = []
         self.random: set[str] = set()
+        self.in_stateless_scope = False
 
     @property
     def assigned(self) -> list[tf.Tensor]:
@@ -133,9 +135,10 @@ class EagerEffects:
         handles = [tensor for tensor in inputs if tensor.dtype == tf.resource]
         if _ASSIGNS.search(op_type) or op_type.startswith(_GENERATOR):
             self.set += handles
-        elif op_type in RANDOM:
+        elif is_random(op_type):
             self.random.add(op_type)
         else:
             self.read += handles
         if op_type.startswith("__inference"):
             self.given += handles
+            self.in_stateless_scope |= in_stateless_scope()

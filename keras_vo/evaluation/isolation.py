@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_vo import checks
+from keras_vo.evaluation import notices, resources
 from keras_vo.evaluation.effects import EagerEffects, Effects
 from keras_vo.evaluation.random_ops import (
     PythonRandomness,
@@ -38,9 +38,6 @@ from keras_vo.search.credit import is_blurred
 from keras_vo.tensorflow_compat import resource_dtype
 
 __all__ = ["Isolation"]
-
-_warned: set[str] = set()  # what has been said
-_EAGERLY = " (with run_eagerly=False members would draw the same)"
 
 
 class Isolation:
@@ -58,6 +55,7 @@ class Isolation:
         reason: why they are, for a message; `None`: for an op's sake.
         after: tensors that are computed before the first member is evaluated,
             if members are serial.
+        replicas: how many there are.
         full: indices of the variables of whose weights each member is given
             its own tensor, and no kind of perturbation knows better.
     """
@@ -72,6 +70,7 @@ class Isolation:
         self.serial = eager
         self.reason: str | None = None
         self.after: list[tf.Tensor] = []
+        self.replicas = 1
         self.full: Sequence[int] = range(len(self._handles))
         self._inline = False
         self._may_inline = not eager
@@ -94,7 +93,7 @@ class Isolation:
         with noted.noted():
             yield
         self._save(noted.assigned)
-        _warn_of_random(noted.random)
+        notices.warn_of_random(noted.random)
         read = set(map(id, noted.read))
         self._check_read([id(handle) not in read for handle in self._handles])
 
@@ -107,13 +106,15 @@ class Isolation:
         of_model = self._seed is not None
         read = set(map(id, effects.read))
         reads = any(id(handle) in read for handle in self._handles)
+        if of_model and self._may_inline and (reads or effects.random):
+            self._inline, self._may_inline = True, False
+            return True
         if (
-            of_model
+            not of_model
             and self._may_inline
-            and not self._inline
-            and (reads or effects.random)
+            and (any(self._unread) or self._wrong(effects))
         ):
-            self._inline = True
+            self._inline, self._may_inline = True, False
             return True
         holds = of_model and bool(reads or effects.python)
         serial = bool(effects.assigned or effects.python or holds)
@@ -136,14 +137,32 @@ class Isolation:
             self._save(effects.assigned)
             self._save(self._handles if holds else ())
         else:
+            # What Python assigns is not seen.
             assigned = set(map(id, effects.assigned))
-            self._save(h for h in self._handles if id(h) in assigned)
+            self._save(
+                handle
+                for handle in self._handles
+                if effects.python or id(handle) in assigned
+            )
         return True
 
-    def without_inlining(self) -> bool:
-        """Gives up inlining; whether it was tried."""
-        tried, self._inline, self._may_inline = self._inline, False, False
-        return tried
+    def adapt_to_error(self, error: Exception) -> bool:
+        """Adapts to an error of a member's trace.
+
+        A function of `tf.function` that needs what inlining takes from it (a
+        signature, AutoGraph) is left as it is. One that was traced for another
+        member, whose tensors it has taken, is inlined.
+
+        Returns:
+            Whether the member is to be traced once more.
+        """
+        if self._inline:
+            self._inline = False
+            return True
+        if self._may_inline and "out of scope" in str(error):
+            self._inline, self._may_inline = True, False
+            return True
+        return False
 
     def run(
         self, member: Callable[..., Any], *args: Any, after: Any = ()
@@ -158,8 +177,9 @@ class Isolation:
         if tf.executing_eagerly():
             return self._run_eagerly(member, *args)
         with contextlib.ExitStack() as scopes:
-            if self._inline and self._seed is not None:
+            if self._inline:
                 scopes.enter_context(_inlined())
+            if self._inline and self._seed is not None:
                 scopes.enter_context(
                     common_random_numbers(self._seed, self._left)
                 )
@@ -189,13 +209,34 @@ class Isolation:
         finally:
             self._restore()
 
+    def beside(self, function: Callable[[], Any]) -> Any:
+        """`function()`, which goes through the mean network's losses again.
+
+        Variables that it assigns are set back.
+        """
+        if tf.executing_eagerly():
+            return self._run_eagerly(function)
+        traced = tf.function(function, autograph=False).get_concrete_function()
+        values = [
+            resources.read(handle) for handle in Effects.of(traced).assigned
+        ]
+        if not values:
+            return function()
+        outcome = traced()
+        with tf.control_dependencies(tf.nest.flatten(outcome)):
+            restored = [resources.assign(*value) for value in values]
+        with tf.control_dependencies(restored):
+            return tf.nest.map_structure(tf.identity, outcome)
+
     @contextlib.contextmanager
     def objective(self, weights: Sequence[tf.Tensor]) -> Iterator[None]:
         """The scope in which a member's objective is called with `weights`."""
         held: list[Any] = []
         if self.holds:
             held = [
-                _assign(handle, tf.cast(weight, resource_dtype(handle)))
+                resources.assign(
+                    handle, tf.cast(weight, resource_dtype(handle))
+                )
                 for handle, weight in zip(self._handles, weights, strict=True)
             ]
         with tf.control_dependencies([op for op in held if op is not None]):
@@ -206,13 +247,15 @@ class Isolation:
                 for index, weight in enumerate(weights)
             ]
 
-    def check_equal_losses(self, losses: tf.Tensor) -> None:
-        """Warns, eagerly, of losses that are equal since nothing was read."""
+    def check_eagerly(self, losses: tf.Tensor) -> None:
+        """Warns, eagerly, of losses that may not be those of the weights."""
         noted = self._noted
         if noted is None or self._seed is not None:
             return
+        if noted.in_stateless_scope:
+            notices.warn_once(notices.STATELESS)
         if bool(is_blurred(losses)):
-            checks.warn_of_blurred("in a step")
+            notices.warn_once(checks.blurred_message("in a step"))
         read, assigned = ({id(h) for h in hs} for hs in (noted.read, noted.set))
         names = [
             name
@@ -220,43 +263,41 @@ class Isolation:
             if id(handle) in read - assigned
         ]
         if names and bool(tf.reduce_all(losses == losses[0])):
-            warnings.warn(
-                "All members of the population have exactly the same loss, "
-                f"and the objective reads {names}, which hold the mean. "
-                "Expected: an objective that computes its value from the "
-                "weights that it is given, or assigns them to the variables "
-                "before it reads these.",
-                stacklevel=2,
-            )
+            notices.warn_once(notices.EQUAL.format(names))
 
     def _finish(self, effects: Effects) -> None:
         """Says what can't be helped."""
         if self._seed is not None:
             if not self.holds:
                 self._check_read(self._unread)
+            if effects.python and self.replicas > 1:
+                notices.warn_of_python(effects.python, self.replicas)
             if self._inline:
                 # Ops that draw from the seed are left in the graph, unused.
-                _warn_of_random(self._left | effects.random_called)
+                notices.warn_of_random(self._left | effects.random_called)
             else:
-                _warn_of_random(effects.random)
+                notices.warn_of_random(effects.random)
             return
-        read = set(map(id, effects.read)) - set(map(id, effects.assigned))
-        wrong = [
-            name
-            for name, handle, unread in zip(
-                self._names, self._handles, self._unread, strict=True
-            )
-            if unread and id(handle) in read
-        ]
-        if effects.python and all(self._unread):
-            wrong = self._names  # in Python, it seems
-        if wrong:
+        if wrong := self._wrong(effects):
             raise ValueError(
                 "The objective must compute its loss from the weights that "
                 "it is given, or assign them to the variables before it "
                 f"reads these. Received: an objective that reads {wrong}, "
                 "which hold the mean, and not the weights of the member"
             )
+
+    def _wrong(self, effects: Effects) -> list[str]:
+        """Variables that an objective reads in the place of its weights."""
+        if effects.python and all(self._unread):
+            return self._names  # in Python, it seems
+        read = set(map(id, effects.read)) - set(map(id, effects.assigned))
+        return [
+            name
+            for name, handle, unread in zip(
+                self._names, self._handles, self._unread, strict=True
+            )
+            if unread and id(handle) in read
+        ]
 
     def _check_read(self, unread: Sequence[bool]) -> None:
         """Whether a model's loss depends on the variables, one after another.
@@ -268,36 +309,26 @@ class Isolation:
         if names == self._names:
             raise ValueError(
                 "Expected a loss that depends on the weights of the model. "
-                f"Received: one that reads none of {names}. (A function of "
-                "`tf.function` that was traced before its layers were built "
-                "has weights of its own: build the model first, by calling "
-                "it on a batch.)"
+                f"Received: one that reads none of {names}. "
+                f"{notices.TRACED_BEFORE}"
             )
         if names:
-            _warn_once(
+            notices.warn_once(
                 f"The loss does not depend on the weights {names}: they are "
-                "not trained. (A function of `tf.function` that was traced "
-                "before its layers were built has weights of its own: build "
-                "the model first, by calling it on a batch.)"
+                f"not trained. {notices.TRACED_BEFORE}"
             )
 
     def _save(self, handles: Iterable[tf.Tensor]) -> None:
         """Notes values that are set again after each member."""
         for handle in handles:
-            dtype = resource_dtype(handle)
-            if dtype is not None and id(handle) not in self._saved:
-                value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
-                self._saved[id(handle)] = handle, value
+            if resource_dtype(handle) is not None:
+                self._saved.setdefault(id(handle), resources.read(handle))
 
     def _restore(self) -> list[Any]:
-        done = [_assign(*saved) for saved in self._saved.values()]
+        done = [resources.assign(*saved) for saved in self._saved.values()]
         if self._seeds_python:
             done.append(self._python.restore())
         return [op for op in done if op is not None]
-
-
-def _assign(handle: tf.Tensor, value: tf.Tensor) -> Any:
-    return tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
 
 @contextlib.contextmanager
@@ -312,21 +343,3 @@ def _inlined() -> Iterator[None]:
         yield
     finally:
         tf.config.run_functions_eagerly(before)
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=2)
-
-
-def _warn_of_random(ops: Iterable[str]) -> None:
-    for op in sorted(ops):
-        _warn_once(
-            f"The op {op} of a layer or loss draws other random numbers for "
-            "each member of the population, which adds to the differences of "
-            "their losses, and a resumed run draws others"
-            f"{_EAGERLY if tf.executing_eagerly() else ''}. Draw by "
-            "`keras.random` with a `keras.random.SeedGenerator`: then all "
-            "members see the same numbers, a function of the search's seed."
-        )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_vo.evaluation.effects import RANDOM
+from keras_vo.evaluation.effects import is_random
 from keras_vo.search import noise
 from keras_vo.tensorflow_compat import called_for_each_op
 
@@ -84,7 +84,7 @@ def common_random_numbers(seed: tf.Tensor, left: set[str]) -> Iterator[None]:
 
     def from_seed(op_type: str, inputs: Any, outputs: Any, graph: Any) -> Any:
         nonlocal drawn
-        if op_type not in RANDOM:
+        if not is_random(op_type):
             return None
         if op_type not in _DRAWS or in_loop(graph):
             left.add(op_type)

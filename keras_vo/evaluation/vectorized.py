@@ -47,10 +47,10 @@ def compiled(
             run, effects, reason = _traced(
                 function, specs, jit_compile, isolation.serial
             )
-        except tf.errors.OperatorNotAllowedInGraphError:
-            if not isolation.without_inlining():
+        except Exception as error:
+            if not isolation.adapt_to_error(error):
                 raise
-            continue  # a function that needs AutoGraph
+            continue
         slow = slow or reason
         if not isolation.adapt(effects):
             why = isolation.reason or slow

@@ -19,6 +19,7 @@ __all__ = [
     "TrainerHooks",
     "adapt_clones",
     "build_metrics",
+    "in_stateless_scope",
     "initial_epoch",
     "layers_of",
     "loss_module",
@@ -53,6 +54,9 @@ except ImportError as error:  # of a backend that keras.json names, say
 
 _check_backend(keras.backend.backend())
 
+from keras.src.backend.common.stateless_scope import (  # noqa: E402
+    in_stateless_scope,
+)
 from keras.src.backend.tensorflow import trainer as _tf_trainer  # noqa: E402
 from keras.src.losses import loss as loss_module  # noqa: E402
 from keras.src.models import cloning as _cloning  # noqa: E402
