@@ -15,12 +15,6 @@ __all__ = [
     "warn_of_random",
     "warn_once",
 ]
-    "STATELESS",
-    "TRACED_BEFORE",
-    "warn_of_python",
-    "warn_of_random",
-    "warn_once",
-]
 
 _said: set[str] = set()
 TRACED_BEFORE = (
