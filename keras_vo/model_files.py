@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from absl import logging as absl_logging
+
 from keras_vo.keras_compat import layers_of
 from keras_vo.layers import as_dense, convert_dense
 from keras_vo.optimizer import find_vo_optimizer
@@ -90,5 +92,10 @@ class ModelFiles(ReplicatedModel):
             layer.built for layer in layers_of(self)
         ):
             self._build_vo_optimizer()
-            if optimizer.built and is_trained(self):
-                optimizer.start_small()
+            if optimizer.built and is_trained(self) and optimizer.start_small():
+                absl_logging.warning(
+                    "The model is trained already: what is chosen by default, "
+                    "sigma with stddev='auto' and the learning rate of an "
+                    "inner optimizer given by name, is a tenth. For others, "
+                    "give numbers: stddev=0.2, keras.optimizers.Adam(0.02)."
+                )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_vo import checks, precision, saved_search
@@ -123,21 +124,26 @@ class SearchVariables(keras.optimizers.Optimizer):
             for name, value in rule.init(start).items()
         }
 
-    def start_small(self) -> None:
+    def start_small(self) -> bool:
         """Makes smaller what is chosen by default, for trained weights.
 
         That is sigma with `stddev="auto"`, and the learning rate of an inner
         optimizer that is given by name. It does nothing once the search has
         begun.
+
+        Returns:
+            Whether anything is smaller now.
         """
         if keras.ops.convert_to_numpy(self.generations) > 0:
-            return
+            return False
         beta = tf.convert_to_tensor(self._log_variance)
         self._log_variance.assign(tf.fill(beta.shape, self._small_start))
         for name, value in self._initial_rule_state().items():
             self._rule_state[name].assign(value)
         if self._inner_by_name:
             inner_lib.slow_down(self.inner_optimizer)
+        smaller = np.any(beta.numpy() > self._small_start)
+        return bool(smaller or self._inner_by_name)
 
     def _add_state(self, name: str, value: tf.Tensor) -> Any:
         variable = self.add_variable(

@@ -53,11 +53,11 @@ def network(body, head=2, optimizer=None, **kwargs):
 
 
 def train(model):
-    """Moves each weight, by no step of an optimizer."""
+    """Moves each weight, and lets it grow, by no step of an optimizer."""
     rng = np.random.default_rng(0)
     for v in model.weights:
         if v.dtype == "float32":
-            v.assign(v + rng.uniform(0.1, 0.2, v.shape))
+            v.assign(4 * v + rng.uniform(0.1, 0.2, v.shape))
     return model
 
 
@@ -88,10 +88,25 @@ def test_what_is_trained_without_biases():
         return keras.Sequential([keras.Input((3,)), *layers])
 
     assert not is_trained(make())
+    copied = make()
+    copied.set_weights(make().get_weights())
+    assert not is_trained(copied)
     model = train(make())
     assert is_trained(model)
     headed = keras.Sequential([keras.Input((3,)), model.layers[0], Dense(2)])
     assert not is_trained(headed)
+
+
+def test_what_has_only_begun_to_learn_is_not_trained():
+    """Two steps of a search with the defaults, and compiled anew."""
+    keras.utils.set_random_seed(0)
+    model = network([Dense(64, "relu"), Dense(64, "relu")])
+    for _ in range(2):
+        model.train_on_batch(X, Y)
+    assert not is_trained(model)
+    for layer in model.layers:
+        layer.kernel.assign(1.2 * layer.kernel)
+    assert is_trained(model)
 
 
 def test_what_is_trained_of_attention():
