@@ -70,14 +70,33 @@ def assigned_in_part(variables):
     return objective
 
 
+def given_to_python(variables, assign=False):
+    def program(weight):
+        if assign:
+            variables[0].assign(weight)
+        return np.sum(weight**2)
+
+    return lambda weights: tf.numpy_function(program, weights, tf.float32)
+
+
+def assigned_in_python(variables):
+    return given_to_python(variables, assign=True)
+
+
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize(
-    "objective", [assigned, assigned_in_function, assigned_in_part]
+    ("objective", "twin"),
+    [
+        (assigned, given),
+        (assigned_in_function, given),
+        (assigned_in_part, given),
+        (assigned_in_python, given_to_python),
+    ],
 )
-def test_an_objective_that_sets_the_weights(objective, graph):
+def test_an_objective_that_sets_the_weights(objective, twin, graph):
     """The mean is put back: the same trajectory, to the bit."""
     for got, want in zip(
-        minimized(objective, graph), minimized(given, graph), strict=True
+        minimized(objective, graph), minimized(twin, graph), strict=True
     ):
         np.testing.assert_array_equal(got, want)
 
@@ -125,6 +144,40 @@ def test_an_objective_that_sets_the_weights_of_a_model(how, graph):
         np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
     else:
         np.testing.assert_array_equal(got[0], want[0])
+
+
+def in_stateless_scope(function):
+    """From the variables of a model to an objective; its plain twin."""
+    body = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, "relu")])
+    head = keras.layers.Dense(models.CLASSES, activation="softmax")
+    x, y = models.make_data()
+    model = keras.Sequential([body, head])
+    model(x)
+    called = tf.function(body) if function else body
+
+    def objective(weights):
+        pairs = zip(model.trainable_variables, weights, strict=True)
+        with keras.StatelessScope(list(pairs)):
+            losses = keras.losses.sparse_categorical_crossentropy(
+                y, head(called(x))
+            )
+        return tf.reduce_mean(losses)
+
+    return lambda _: objective, model.trainable_variables
+
+
+def test_an_objective_with_a_function_in_a_stateless_scope():
+    """In a graph it sees the scope's weights; eagerly it can't, and is told."""
+
+    def run(function, graph):
+        keras.utils.set_random_seed(1)
+        objective, variables = in_stateless_scope(function)
+        return minimized(objective, graph, variables, steps=2)[0]
+
+    plain = run(False, True)
+    np.testing.assert_allclose(run(True, True), plain, atol=1e-5)
+    with pytest.warns(UserWarning, match=r"(?s)keras.StatelessScope"):
+        run(True, False)
 
 
 def test_other_variables_of_an_objective_are_its_own():
@@ -242,6 +295,15 @@ class FunctionOfAutoGraph(Plain):
         return self.out(self.hidden(inputs))
 
 
+class FunctionOfSizes(Plain):
+    @tf.function
+    def call(self, inputs):
+        ones = 0.0
+        for _ in range(tf.shape(inputs)[1] // 4):
+            ones += 1.0
+        return self.out(self.hidden(inputs) * ones)
+
+
 class FunctionHelper(Plain):
     def __init__(self):
         super().__init__()
@@ -309,6 +371,7 @@ class GetWeights(Plain):
 TWINS = [
     FunctionCall,
     FunctionOfAutoGraph,
+    FunctionOfSizes,
     FunctionHelper,
     FunctionSubmodel,
     FunctionLayers,
@@ -573,6 +636,18 @@ def test_what_differs_from_member_to_member_is_named_once(eager):
     assert all("SeedGenerator" in str(w.message) for w in warned)
 
 
+def test_a_loss_that_samples_is_named():
+    def loss(y_true, y_pred):
+        labels = tf.cast(tf.argmax(y_true, axis=-1), tf.int64)[:, None]
+        sampled, *_ = tf.random.log_uniform_candidate_sampler(
+            labels, 1, 2, unique=True, range_max=models.FEATURES
+        )
+        return tf.reduce_sum(tf.gather(y_pred, sampled, axis=-1), axis=-1)
+
+    with pytest.warns(UserWarning, match="The op LogUniformCandidateSampler"):
+        spread([], loss=loss)
+
+
 def test_the_state_of_python_and_numpy_goes_on():
     """As if members had drawn nothing: what the mean's pass drew remains."""
 
@@ -644,6 +719,19 @@ def test_counters_count_steps_not_members(where, eager):
         np.testing.assert_allclose(run(True)[1], run(False)[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_losses_of_examples_count_once(eager):
+    """Their weights take a further pass of the mean network's losses."""
+    loss = CountingLoss(raw=True)
+    model = models.make_model(
+        [LocalReparamDense(models.CLASSES, "softmax")],
+        loss=loss,
+        run_eagerly=eager,
+    )
+    models.fit(model)
+    assert float(loss.count.numpy()) == 6
+
+
 def test_both_members_of_a_pair_see_the_same_count():
     """With sigma so small, their losses differ by what they count only."""
     assert spread([Counts(raw=True)])[0] < 1e-3
@@ -668,6 +756,8 @@ def test_two_replicas_keep_their_members_apart():
     want = run(strategy, Plain)
     for cls in (FunctionCall, FunctionOfAutoGraph):
         np.testing.assert_allclose(run(strategy, cls), want, rtol=1e-4)
+    with pytest.warns(UserWarning, match="on 2 replicas at once"):
+        run(strategy, GetWeights)
 
 
 # Programs that are called.

@@ -263,12 +263,22 @@ def test_a_loss_of_another_program_has_no_static_shape(name):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_validation_with_a_loss_of_another_program():
-    model = models.make_model([keras.layers.Dense(4)], loss=py_function)
+@pytest.mark.parametrize("name", ["compile", "compute_loss"])
+def test_validation_with_a_loss_of_another_program(name):
+    layers = [keras.Input((4,)), keras.layers.Dense(4)]
+    cls = ProgramModel if name == "compute_loss" else keras_vo.VOSequential
+    model = cls(layers)
+    model.compile(
+        optimizer=models.make_optimizer(),
+        loss=py_function if name == "compile" else None,
+    )
     x, _ = models.make_data()
     history = models.fit(model, x, x, validation_data=(x, x))
     loss = model.evaluate(x, x, verbose=0)
     np.testing.assert_allclose(history["val_loss"][-1], loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        loss, np.mean((model.predict(x, verbose=0) - x) ** 2), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("cls", [ProgramModel, keras_vo.VOSequential])
