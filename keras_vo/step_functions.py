@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
+from keras_vo import checks
 from keras_vo.model_files import ModelFiles
 
-__all__ = ["StepFunctions"]
+__all__ = ["StepFunctions", "scalar_losses"]
 
 
 class StepFunctions(ModelFiles):
@@ -63,3 +66,28 @@ class StepFunctions(ModelFiles):
                 raise
 
         return train_function
+
+
+@contextlib.contextmanager
+def scalar_losses(model: Any) -> Iterator[None]:
+    """Lets `compute_loss` return a loss without a static shape.
+
+    Keras takes none; this package's own step does.
+    """
+    compute_loss = model.compute_loss
+    own = vars(model).get("compute_loss")
+
+    @functools.wraps(compute_loss)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        shapeless = tf.is_tensor(loss) and loss.shape.rank is None
+        return checks.checked_scalar(loss) if shapeless else loss
+
+    model.compute_loss = checked
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.compute_loss
+        else:
+            model.compute_loss = own

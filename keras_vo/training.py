@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -32,7 +30,7 @@ from keras_vo.replicas.communicator import current_replicas
 from keras_vo.replicas.model import with_callback
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation
 from keras_vo.search.noise import generation_seed
-from keras_vo.step_functions import StepFunctions
+from keras_vo.step_functions import StepFunctions, scalar_losses
 
 __all__ = ["VOTrainStep"]
 
@@ -212,7 +210,7 @@ class VOTrainStep(StepFunctions):
 
     def test_step(self, data: Any) -> Any:
         """As in Keras; the population's metrics belong to training."""
-        with _scalar_losses(self):
+        with scalar_losses(self):
             logs = super().test_step(data)
         return (
             self._without_population(logs) if isinstance(logs, dict) else logs
@@ -238,7 +236,7 @@ class VOTrainStep(StepFunctions):
         self, build: Callable[..., None], iterator: Any, data_batch: Any
     ) -> None:
         """As in Keras, and metrics: a step that makes some is traced twice."""
-        with _scalar_losses(self):
+        with scalar_losses(self):
             super().build_from_data(build, iterator, data_batch)
         own = {
             "train_step": (VOTrainStep.train_step,),
@@ -324,28 +322,3 @@ class VOTrainStep(StepFunctions):
             [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
         )
         return tf.math.divide_no_nan(total, weight / examples)
-
-
-@contextlib.contextmanager
-def _scalar_losses(model: Any) -> Iterator[None]:
-    """Lets `compute_loss` return a loss without a static shape.
-
-    Keras takes none; this package's own step does.
-    """
-    compute_loss = model.compute_loss
-    own = vars(model).get("compute_loss")
-
-    @functools.wraps(compute_loss)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        loss = compute_loss(*args, **kwargs)
-        shapeless = tf.is_tensor(loss) and loss.shape.rank is None
-        return checks.checked_scalar(loss) if shapeless else loss
-
-    model.compute_loss = checked
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.compute_loss
-        else:
-            model.compute_loss = own
