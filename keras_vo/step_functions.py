@@ -14,6 +14,8 @@ from keras_vo.model_files import ModelFiles
 
 __all__ = ["StepFunctions", "scalar_losses"]
 
+_INSIDE, _OWN = "_in_scalar_losses", "_own_compute_loss"
+
 
 class StepFunctions(ModelFiles):
     """Mixin: the functions that run `train_step`."""
@@ -72,22 +74,32 @@ class StepFunctions(ModelFiles):
 def scalar_losses(model: Any) -> Iterator[None]:
     """Lets `compute_loss` return a loss without a static shape.
 
-    Keras takes none; this package's own step does.
+    Keras takes none; this package's own step does. Threads of replicas may be
+    in it at once: the first one wraps the method, the last one leaves it as it
+    was.
     """
-    compute_loss = model.compute_loss
-    own = vars(model).get("compute_loss")
+    attributes = vars(model)  # without Keras's tracking
+    inside = attributes.get(_INSIDE, 0)
+    if not inside:
+        attributes[_OWN] = attributes.get("compute_loss")
+        attributes["compute_loss"] = _scalar(model.compute_loss)
+    attributes[_INSIDE] = inside + 1
+    try:
+        yield
+    finally:
+        attributes[_INSIDE] -= 1
+        if not attributes[_INSIDE]:
+            own = attributes.pop(_OWN)
+            del attributes["compute_loss"], attributes[_INSIDE]
+            if own is not None:
+                attributes["compute_loss"] = own
 
+
+def _scalar(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compute_loss)
     def checked(*args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(*args, **kwargs)
         shapeless = tf.is_tensor(loss) and loss.shape.rank is None
         return checks.checked_scalar(loss) if shapeless else loss
 
-    model.compute_loss = checked
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.compute_loss
-        else:
-            model.compute_loss = own
+    return checked
