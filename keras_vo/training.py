@@ -310,10 +310,12 @@ class VOTrainStep(StepFunctions):
 
         Weights of losses may be negative: they count by their size.
         """
-        with keras.StatelessScope():  # no update of metrics
-            losses, weights = isolation.beside(
-                lambda: self._example_losses(*data, inputs=inputs)
-            )
+
+        def evaluated() -> tuple[tf.Tensor, list[tf.Tensor]]:
+            with keras.StatelessScope():  # no update of metrics
+                return self._example_losses(*data, inputs=inputs)
+
+        losses, weights = isolation.beside(evaluated)
         if not weights:
             return 1.0
         total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
