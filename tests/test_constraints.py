@@ -109,7 +109,7 @@ class Steps:
 
 CASES = list(
     models.pairwise(
-        name=list(CONSTRAINTS),
+        name=["non_neg", "max_norm", "unit_norm", "own"],
         max_kl=[None, MAX_KL],
         by=["fit", "minimize"],
         graph=[True, False],
@@ -232,7 +232,7 @@ def test_xla():
     fit_constrained(keras.layers.Dense, case, jit_compile=True)
 
 
-@pytest.mark.parametrize("name", ["non_neg", "own"])
+@pytest.mark.parametrize("name", ["non_neg", "min_max_norm"])
 def test_low_rank(name):
     """The kernel W + sigma E is formed, and projected."""
     case = {"name": name, "max_kl": MAX_KL, "graph": True}

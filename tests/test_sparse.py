@@ -80,7 +80,6 @@ SEPARABLE, EAGER = {"variance": "separable"}, {"run_eagerly": True}
     [
         (keras.layers.Dense, scipy_matrix, True, {}),
         (LowRankDense, dataset, True, SEPARABLE),
-        (LowRankDense, sparse_tensor, None, EAGER),
         (LocalReparamDense, scipy_matrix, False, SEPARABLE),
         (LocalReparamDense, sparse_tensor, None, {}),
         (LocalReparamDense, in_halves, True, EAGER),
