@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import test_make_variational as made
 from sklearn.base import clone as sklearn_clone
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -205,24 +205,6 @@ def test_cross_validation_and_pipelines():
     params = {f"sklearnclassifier__{k}": v for k, v in params.items()}
     scores = cross_val_score(estimator, x, y[:, 0], cv=2, params=params)
     assert np.mean(scores) > 0.7
-
-
-def test_a_grid_search():
-    x, y = models.make_data()
-
-    def make(X, y, units):
-        layers = [keras.layers.Dense(units), keras.layers.Softmax()]
-        model = keras_vo.VOSequential([keras.Input((4,)), *layers])
-        return compiled(model, "categorical_crossentropy")
-
-    grid = {"model_kwargs": [{"units": 3}], "fit_kwargs": [{"epochs": 2}]}
-    search = GridSearchCV(
-        keras.wrappers.SKLearnClassifier(make), grid, cv=2, error_score="raise"
-    )
-    search.fit(x, y[:, 0], verbose=0)
-    best = search.best_estimator_.model_
-    assert isinstance(best, keras_vo.VOSequential)
-    assert "population_loss" in search.best_estimator_.history_.history
 
 
 def test_a_regressor_of_scikit_learn():

@@ -263,9 +263,9 @@ def warned(dtype, stddev, scale=1.0):
 
 
 @pytest.mark.parametrize(
-    "dtype, spacing", [("bfloat16", 2**-7), ("float16", 2**-10)]
+    "dtype, spacing, scale",
+    [("bfloat16", 2**-7, 1.0), ("float16", 2**-10, 16.0)],
 )
-@pytest.mark.parametrize("scale", [1.0, 16.0])
 def test_a_warning_where_members_are_equal(dtype, spacing, scale):
     """Once, where sigma is less than a quarter of the spacing."""
     assert warned(dtype, 0.26 * spacing * scale, scale) == []
