@@ -52,7 +52,8 @@ class Isolation:
     Attributes:
         serial: whether members are evaluated one after another.
         holds: whether the variables have the member's weights meanwhile.
-        reason: why they are, for a message; `None`: for an op's sake.
+        reason: why members are serial, for a message; `None`: for an op's
+            sake.
         after: tensors that are computed before the first member is evaluated,
             if members are serial.
         replicas: how many there are.
@@ -124,10 +125,12 @@ class Isolation:
         self.serial, self.holds = serial, holds
         self._seeds_python = of_model and bool(effects.python)
         if effects.assigned:
-            self.reason = (
-                "they assign a variable that Keras does not know (a "
-                "tf.Variable): it is set back after each"
-            )
+            self.reason = "they assign a variable"
+            if of_model:
+                self.reason += (
+                    " that Keras does not know (a tf.Variable): it is set back "
+                    "after each"
+                )
         elif not effects.python:
             self.reason = (
                 "a function of `tf.function` that was traced before, or that "

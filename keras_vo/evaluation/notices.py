@@ -39,12 +39,14 @@ EQUAL = (
 
 
 def warn_once(message: str) -> None:
+    """Warns, unless this process has been told so before."""
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=2)
 
 
 def warn_of_python(ops: Iterable[str], replicas: int) -> None:
+    """Of ops that call Python in all replicas, which share its objects."""
     warn_once(
         f"A layer or a loss calls Python ({', '.join(sorted(ops))}) on "
         f"{replicas} replicas at once. Expected: Python that reads nothing "
@@ -54,6 +56,7 @@ def warn_of_python(ops: Iterable[str], replicas: int) -> None:
 
 
 def warn_of_random(ops: Iterable[str]) -> None:
+    """Of ops that draw other numbers for each member, once for each type."""
     for op in sorted(ops):
         warn_once(
             f"The op {op} of a layer or loss draws other random numbers for "

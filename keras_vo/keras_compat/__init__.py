@@ -54,6 +54,7 @@ except ImportError as error:  # of a backend that keras.json names, say
 
 _check_backend(keras.backend.backend())
 
+# Nothing public says whether a `keras.StatelessScope` is entered.
 from keras.src.backend.common.stateless_scope import (  # noqa: E402
     in_stateless_scope,
 )
