@@ -117,11 +117,11 @@ class SearchVariables(keras.optimizers.Optimizer):
             self.observer.build(self._layout, *self._layers)
 
     def _initial_rule_state(self) -> dict[str, tf.Tensor]:
-        start = self._gaussian(self._trained())
+        beta = tf.convert_to_tensor(self._log_variance)
         return {
             name: value
             for rule in self._settings.rules
-            for name, value in rule.init(start).items()
+            for name, value in rule.init(beta).items()
         }
 
     def start_small(self) -> bool:
@@ -161,7 +161,7 @@ class SearchVariables(keras.optimizers.Optimizer):
         name = checks.variable_name(variable)
         mean = self._add_state(
             f"mean_{name}".replace("/", "_").replace(":", "_"),
-            tf.cast(tf.convert_to_tensor(variable), tf.float32),
+            tf.zeros(variable.shape),  # a step finds that it is out of date
         )
         mean.constraint = constraint_of(variable)
         return mean

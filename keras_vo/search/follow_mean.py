@@ -42,7 +42,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_vo.search.estimators import Direction
-from keras_vo.search.gaussian import Gaussian, log_variance_of, stddev_of
+from keras_vo.search.gaussian import log_variance_of, stddev_of
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.rules import Descent, Proposal, State, Step
 
@@ -137,11 +137,11 @@ class FollowMean:
     blocks: WeightLayout
     population_size: int
 
-    def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
-        zero = tf.zeros([], gaussian.layout.dtype)
+    def init(self, log_variance: tf.Tensor) -> dict[str, tf.Tensor]:
+        zero = tf.zeros([], log_variance.dtype)
         return {
-            "base_log_variance": gaussian.log_variance,
-            "averaged_mean": gaussian.mean,
+            "base_log_variance": log_variance,
+            "averaged_mean": tf.zeros([self.blocks.size], zero.dtype),
             "blind_growth": zero,
             "blind": zero,
         }
@@ -198,7 +198,7 @@ class FollowMean:
         return new._replace(log_base=base)
 
     def _average(self, step: Step, state: State) -> tf.Tensor:
-        """m; before the first step weights may have been loaded."""
+        """m, which is mu in the first step."""
         return tf.where(
             tf.equal(step.updates, 0),
             step.gaussian.mean,

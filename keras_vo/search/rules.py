@@ -70,8 +70,15 @@ class Proposal(NamedTuple):
 class Rule(Protocol):
     """One of the rules that a step goes through."""
 
-    def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
-        """Its state by name, before the first step; names differ by rule."""
+    def init(self, log_variance: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Its state by name, before the first step; names differ by rule.
+
+        Weights may be loaded until then: a mean in it has to be taken over in
+        the first step.
+
+        Args:
+            log_variance: beta [groups].
+        """
 
     def base_stddev(self, state: State) -> tf.Tensor | None:
         """The sigma [groups] that the steps of the mean take their size from;
@@ -90,7 +97,7 @@ class Rule(Protocol):
 class Stateless:
     """What a rule is that has no state."""
 
-    def init(self, gaussian: Gaussian) -> dict[str, tf.Tensor]:
+    def init(self, log_variance: tf.Tensor) -> dict[str, tf.Tensor]:
         return {}
 
     def base_stddev(self, state: State) -> tf.Tensor | None:
