@@ -1,13 +1,10 @@
-"""Runs scripts of examples/: in the tests' process, or in their own."""
+"""Runs scripts of examples/ in the tests' process."""
 
 import contextlib
 import functools
 import importlib.util
 import io
-import os
 import pathlib
-import subprocess
-import sys
 
 import matplotlib.figure
 import pytest
@@ -18,18 +15,24 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "examples"
 
 
-@functools.cache
-def load(name):
-    """An example with flags of its own: all name theirs alike."""
+@contextlib.contextmanager
+def own_flags():
+    """Flags that are not those of other scripts: all name theirs alike."""
     own = flags.FlagValues()
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "FLAGS", own)
         for kind in ("bool", "enum", "float", "integer", "list", "string"):
             define = getattr(flags, f"DEFINE_{kind}")
             define = functools.partial(define, flag_values=own)
             patch.setattr(flags, f"DEFINE_{kind}", define)
+        yield own
+
+
+@functools.cache
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with own_flags() as own:
         spec.loader.exec_module(module)
     own(["example"])
     return module
@@ -60,17 +63,3 @@ def kept_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matplotlib.figure.Figure, "savefig", keep)
         yield figures
-
-
-def run_python(*arguments, cwd):
-    """What a Python process with these arguments prints."""
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout

@@ -64,23 +64,22 @@ def make(variance="layerwise", *, inner=None, stddev=0.5, bounds=(), **kwargs):
 
 
 @pytest.mark.parametrize(
-    "case",
-    list(
-        models.pairwise(
-            shaping=["centered_rank", "identity", "nes", None],
-            variance=ADAPTIVE,
-            antithetic=[True, False],
-        )
-    ),
-    ids=models.name_of,
+    "shaping, variance, antithetic",
+    [
+        ("centered_rank", "isotropic", True),
+        ("identity", "layerwise", False),
+        ("nes", "separable", True),
+        (None, "isotropic", False),
+        (None, "layerwise", True),
+        (None, "separable", False),
+    ],
 )
-def test_steps_match_the_reference(case):
+def test_steps_match_the_reference(shaping, variance, antithetic):
     """Twelve of them, of which the mean lifts sigma in some.
 
     12 inputs a unit: to 1.5 / sqrt(12) at most. `None`: ranks, and gradients
     that are not natural.
     """
-    shaping, variance, antithetic = case.values()
     natural, shaping = shaping is not None, shaping or "centered_rank"
     rate = {"centered_rank": 4.0, "identity": 0.3, "nes": 1.3}[shaping]
     rate = rate if natural else 0.04 * rate
@@ -170,12 +169,12 @@ def test_the_average_is_over_the_later_part_of_the_search():
     moved t / 3 since.
     """
     average, lags = tf.zeros([1], tf.float64), []
-    for t in range(1, 2001):
+    for t in range(1, 1001):
         mean = tf.constant([t], tf.float64)
         average = follow_mean.averaged_mean(average, mean, tf.constant(t))
         lags.append((mean - average).numpy().item())
     np.testing.assert_allclose(lags[:2], [0.95, 1.8525])
-    np.testing.assert_allclose(lags[-1], 2000 / 3, rtol=0.02)
+    np.testing.assert_allclose(lags[-1], 1000 / 3, rtol=0.02)
 
 
 def test_a_sigma_far_above_the_scale_of_weights():
@@ -212,24 +211,17 @@ def test_a_sigma_far_above_the_scale_of_weights():
     assert not follow_mean.too_large(9.0, vector)
 
 
-@pytest.mark.parametrize("stddev", [0.01, 3.0])
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        {"population_size": 114},
-        {"population_size": 8, "follow_mean": False},
-    ],
+    "population_size, follow, stddev", [(114, True, 3.0), (8, False, 0.01)]
 )
-def test_nothing_follows(arguments, stddev):
+def test_nothing_follows(population_size, follow, stddev):
     """Neither up nor down where N members span all weights, or if not asked."""
     variables = make_variables()
     optimizer = keras_vo.VOOptimizer(
         keras.optimizers.SGD(1e4),
-        population_size=arguments["population_size"],
+        population_size=population_size,
         search_distribution=keras_vo.GaussianSearchDistribution(
-            "isotropic",
-            stddev,
-            follow_mean=arguments.get("follow_mean", True),
+            "isotropic", stddev, follow_mean=follow
         ),
     )
     for _ in range(3):
@@ -246,7 +238,7 @@ def test_bounds_are_kept_whatever_the_floor():
             stddev=bounds[0], bounds=bounds, inner=keras.optimizers.SGD(100.0)
         )
         seen = []
-        for _ in range(8):
+        for _ in range(4):
             optimizer.minimize(objective, variables)
             seen.append(flat(optimizer.stddevs))
         assert np.min(seen) >= bounds[0] - 1e-9
@@ -296,8 +288,14 @@ def test_fisher_information_of_low_rank_noise():
 # --- the step of the mean ---
 
 
-@pytest.mark.parametrize("shaping", ["centered_rank", "identity"])
-@pytest.mark.parametrize("variance", ADAPTIVE)
+@pytest.mark.parametrize(
+    "variance, shaping",
+    [
+        ("isotropic", "centered_rank"),
+        ("layerwise", "identity"),
+        ("separable", "identity"),
+    ],
+)
 def test_the_mean_moves_alike_however_much_sigma_is_lifted(variance, shaping):
     """On a linear objective, at sigma = s and at a hundred times s.
 
@@ -338,7 +336,7 @@ def test_a_resumed_search_is_the_uninterrupted_one():
         variables = make_variables()
         optimizer = make(variance, inner=keras.optimizers.Adam(0.2), stddev=0.2)
         store = {}
-        for step in range(6):
+        for step in range(5):
             if step == 3:
                 optimizer.save_own_variables(store)
                 resumed = [tf.Variable(v) for v in variables]
@@ -346,7 +344,7 @@ def test_a_resumed_search_is_the_uninterrupted_one():
         copy = keras_vo.VOOptimizer.from_config(optimizer.get_config())
         copy.build(resumed)
         copy.load_own_variables(store)
-        for _ in range(3):
+        for _ in range(2):
             copy.minimize(objective, resumed)
         np.testing.assert_array_equal(flat(resumed), flat(variables))
         np.testing.assert_array_equal(
@@ -355,24 +353,15 @@ def test_a_resumed_search_is_the_uninterrupted_one():
         assert np.max(flat(copy.stddevs)) > 0.3
 
 
-def strategy_of(replicas):
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(replicas)],
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
-
-
 @pytest.mark.parametrize(
-    ("variance", "exchange"),
-    [
-        ("layerwise", "fitness"),
-        ("separable", "gradient"),
-    ],
+    ("variance", "exchange", "replicas"),
+    [("layerwise", "fitness", 3), ("separable", "gradient", 2)],
 )
-def test_replicas_follow_alike(variance, exchange):
-    results = []
-    for count in (1, 3):
-        with strategy_of(count).scope():
+def test_replicas_follow_alike(variance, exchange, replicas):
+    """And a step without any finite loss changes nothing."""
+    results, scale = [], tf.Variable(1.0, dtype=tf.float64)
+    for strategy in (None, models.mirrored(replicas)):
+        with models.scope(strategy):
             variables = make_variables()
             optimizer = make(
                 variance,
@@ -381,28 +370,36 @@ def test_replicas_follow_alike(variance, exchange):
                 exchange=exchange,
             )
             optimizer.build(variables)
-        step = tf.function(
-            lambda optimizer=optimizer, variables=variables: optimizer.minimize(
-                objective, variables
-            )
-        )
+
+        def step(optimizer=optimizer, variables=variables):
+            return optimizer.minimize(lambda w: objective(w) * scale, variables)
+
+        step = tf.function(step) if strategy else step
         for _ in range(5):
             step()
         results.append((flat(variables), flat(optimizer.stddevs)))
+        # All of weights, beta, s, the averaged mean and two counters; or one.
+        for value, changes in ((1.0, 2 + 3 + 2), (math.nan, 1)):
+            scale.assign(value)
+            before = [v.numpy() for v in (*variables, *optimizer.variables)]
+            step()
+            after = [v.numpy() for v in (*variables, *optimizer.variables)]
+            assert changes == sum(
+                np.any(a != b) for a, b in zip(before, after, strict=True)
+            )
+        scale.assign(1.0)
     for one, several in zip(*results, strict=True):
         np.testing.assert_allclose(several, one, rtol=1e-9)
     assert np.max(results[0][1]) > 0.3
 
 
-def test_a_model_that_is_saved_goes_on_compiled_or_not(tmp_path):
+def test_a_model_that_is_saved_goes_on_compiled(tmp_path):
     """As one that was not; sigma is raised before and after."""
 
-    def step(model, compiled, steps=1):
+    def step_of(model, compiled=False):
         data = models.make_data(20)
         model.jit_compile = compiled
-        function = tf.function(lambda: model.train_step(data))
-        for _ in range(steps):
-            function()
+        return tf.function(lambda: model.train_step(data))
 
     model = models.make_model(
         [
@@ -413,47 +410,21 @@ def test_a_model_that_is_saved_goes_on_compiled_or_not(tmp_path):
             keras_vo.GaussianSearchDistribution("layerwise", 0.01)
         ),
     )
-    step(model, False, steps=3)
+    step = step_of(model)
+    for _ in range(3):
+        step()
     model.save(tmp_path / "model.keras")
-    results = []
-    for compiled in (False, True):
-        copy = keras.saving.load_model(tmp_path / "model.keras")
-        step(copy, compiled)
-        results.append(copy)
-    step(model, False)
+    copy = keras.saving.load_model(tmp_path / "model.keras")
+    step_of(copy, compiled=True)()
+    step()
     raised = [np.ravel(s)[0] for s in model.optimizer.stddevs]
     assert raised[0] > 0.05 and raised[2] > 0.05
-    for copy in results:
-        np.testing.assert_allclose(
-            flat(copy.optimizer.stddevs),
-            flat(model.optimizer.stddevs),
-            rtol=1e-4,
-        )
-        np.testing.assert_allclose(
-            flat(copy.get_weights()), flat(model.get_weights()), atol=1e-4
-        )
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_step_without_any_finite_loss_changes_nothing(replicas):
-    with strategy_of(replicas).scope():
-        variables = make_variables()
-        scale = tf.Variable(1.0, dtype=tf.float64)
-        optimizer = make()
-        optimizer.build(variables)
-    step = tf.function(
-        lambda: optimizer.minimize(lambda w: objective(w) * scale, variables)
+    np.testing.assert_allclose(
+        flat(copy.optimizer.stddevs), flat(model.optimizer.stddevs), rtol=1e-4
     )
-    for value, changes in ((1.0, True), (math.nan, False), (1.0, True)):
-        scale.assign(value)
-        before = [v.numpy() for v in (*variables, *optimizer.variables)]
-        step()
-        after = [v.numpy() for v in (*variables, *optimizer.variables)]
-        changed = sum(
-            np.any(a != b) for a, b in zip(before, after, strict=True)
-        )
-        # Weights, beta, s, the averaged mean and two counters; or one counter.
-        assert changed == (2 + 3 + 2 if changes else 1)
+    np.testing.assert_allclose(
+        flat(copy.get_weights()), flat(model.get_weights()), atol=1e-4
+    )
 
 
 def test_a_bounded_step_is_bounded_where_sigma_is_lifted():
@@ -539,26 +510,31 @@ def test_growth_is_limited_and_taken_back(variance):
 
     The gradient of sigma moves it by some percent in these steps.
     """
-    seen = sigmas_where([True] * 100 + [False] * 30, variance=variance)
-    assert seen[99] == 0.5  # it is more than the limit from the beginning
     seen = sigmas_where(
-        [True] * 200 + [False] * 30, variance=variance, stddev=0.01
+        [True] * 140 + [False] * 30, variance=variance, stddev=0.01
     )
     most = 1.5 / math.sqrt(12)
     np.testing.assert_allclose(
         seen[:3], 0.01 * np.exp(0.03 * np.arange(1, 4)), rtol=1e-6
     )
-    np.testing.assert_allclose(seen[150:200], most, rtol=1e-6)
+    np.testing.assert_allclose(seen[130:140], most, rtol=1e-6)
     left = np.log(most / 0.01) * 0.8 ** np.arange(1, 31)
     np.testing.assert_allclose(
-        np.log(seen[200:] / 0.01),
+        np.log(seen[140:] / 0.01),
         left,
         atol=1.5 if variance == "separable" else 0.1,
     )
-    # Single batches without a signal are forgotten.
+
+
+def test_growth_is_forgotten_and_bounded():
+    """After single batches without a signal; by the bounds of sigma.
+
+    Nor is there any from more than the limit.
+    """
+    assert np.all(sigmas_where([True] * 10) == 0.5)
     seen = sigmas_where(([True] + [False] * 9) * 10, stddev=0.01)
     assert 0.0095 < seen[-1] < 0.0105
-    seen = sigmas_where([True] * 200, stddev=0.01, bounds=(0.001, 0.02))
+    seen = sigmas_where([True] * 30, stddev=0.01, bounds=(0.001, 0.02))
     assert np.max(seen) == pytest.approx(0.02, rel=1e-6)
 
 
@@ -573,7 +549,7 @@ def test_growth_without_a_fan_in():
             lambda weights: signal * tf.reduce_sum(tf.abs(weights[0])), [w]
         )
 
-    for _ in range(250):
+    for _ in range(160):
         step()
     start = 0.2 * 100
     np.testing.assert_allclose(flat(optimizer.stddevs), start, rtol=1e-5)
@@ -588,10 +564,10 @@ def test_growth_that_found_a_signal_is_kept():
 
     Nor does it fall again where the signal is there to the end.
     """
-    seen = sigmas_where([lambda sigma: sigma < 0.1] * 400, stddev=0.01)
+    seen = sigmas_where([lambda sigma: sigma < 0.1] * 250, stddev=0.01)
     assert np.argmax(seen >= 0.1) == 76  # 76 * 0.03 > log 10
     assert 0.05 < np.min(seen[77:]) and np.max(seen) < 0.11
-    assert 0.095 < np.min(seen[300:])
+    assert 0.095 < np.min(seen[200:])
 
 
 def test_a_plateau_does_no_harm_to_the_search_after_it():
@@ -614,15 +590,14 @@ def test_a_plateau_does_no_harm_to_the_search_after_it():
         loss=models.zero_one_error,
     )
     x, y = models.make_data(60)
+    step = tf.function(lambda weights: model.train_step((x, y, weights)))
     for weight in (0.0, 1.0):
-        data = (x, y, np.full(60, weight, "float32"))
-        step = tf.function(lambda data=data: model.train_step(data))
         for _ in range(300):
-            step()
+            step(tf.fill([60], weight))
     assert models.accuracy(model, x, y) > 0.95
 
 
-@pytest.mark.parametrize("variance", ["fixed", *ADAPTIVE])
+@pytest.mark.parametrize("variance", ["fixed", "layerwise", "separable"])
 def test_it_finds_its_way_from_a_sigma_that_is_far_too_small(variance):
     """The 0-1 error of a network: at .001 hardly a member differs.
 

@@ -16,11 +16,19 @@ from keras_vo.layers import LocalReparamDense
 clone_model = keras.models.clone_model
 
 
-def compiled(model, loss="sparse_categorical_crossentropy", **settings):
+def compiled(
+    model, loss="sparse_categorical_crossentropy", eager=True, **settings
+):
+    """Trained eagerly unless asked: single steps are not worth a trace."""
     if not model.built:
         model(np.zeros([1, 4], "float32"))
-    model.compile(models.make_optimizer(**settings), loss)
+    model.compile(models.make_optimizer(**settings), loss, run_eagerly=eager)
     return model
+
+
+def train(model):
+    """The logs of a step."""
+    return model.train_on_batch(*models.make_data(8), return_dict=True)
 
 
 def vo_functional():
@@ -85,7 +93,8 @@ def test_a_clone_trains_as_the_original(name, tmp_path):
         [a is b for a in clone.weights for b in model.weights]
     )
     clone.set_weights(model.get_weights())
-    models.fit(model), models.fit(clone)
+    for _ in range(2):
+        train(model), train(clone)
     models.assert_same_state(
         models.search_state(clone), models.search_state(model)
     )
@@ -100,7 +109,7 @@ def test_a_functional_subclass_keeps_its_loss():
     outputs = keras.layers.Dense(3, activation="softmax")(inputs)
     clone = clone_model(compiled(ScaledFunctional(inputs, outputs)))
     assert type(clone) is ScaledFunctional
-    assert models.fit(clone)["loss"][-1] < 0
+    assert train(clone)["loss"] < 0
 
 
 class Own(keras_vo.VOSequential):
@@ -118,7 +127,7 @@ class OwnFunctional(keras_vo.VOModel):
 def test_a_clone_that_would_lose_its_loss_is_refused(cls):
     """With a constructor of its own, it is no instance of its class."""
     clone = clone_model(compiled(cls()))
-    assert "population_loss" in models.fit(clone)
+    assert "population_loss" in train(clone)
     for name in ("call", "compute_loss", "train_step"):
 
         def own(self, *args, __name=name, **kwargs):
@@ -150,7 +159,7 @@ def test_arguments_of_clone_model():
     for make in ("sequential", "functional"):
         clone = clone_model(compiled(MODELS[make]()), clone_function=narrow)
         assert [tuple(w.shape) for w in clone.weights][0] == (4, 2)
-        assert "population_loss" in models.fit(clone)
+        assert "population_loss" in train(clone)
 
     def with_dropout(layer, *args, **kwargs):
         return keras.layers.Dropout(0.5)(layer(*args, **kwargs))
@@ -159,32 +168,29 @@ def test_arguments_of_clone_model():
         compiled(MODELS["functional"]()), call_function=with_dropout
     )
     assert kinds(clone).count(keras.layers.Dropout) == 2
-    assert "population_loss" in models.fit(clone)
+    assert "population_loss" in train(clone)
     inputs = keras.Input((4,), name="mine")
     clone = clone_model(compiled(vo_sequential()), input_tensors=inputs)
     assert clone.inputs[0].name == "mine"
-    assert "population_loss" in models.fit(clone)
+    assert "population_loss" in train(clone)
     clone = clone_model(vo_sequential())  # the original is not compiled
     assert not clone.compiled
-    assert "population_loss" in models.fit(compiled(clone))
+    assert "population_loss" in train(compiled(clone))
 
 
 # --- scikit-learn ---
 
-WRAPPED = ["sequential", "subclassed"]
 
-
-def classifier(model, **fit):
+def classifier(model):
     return keras.wrappers.SKLearnClassifier(
-        compiled(model, "categorical_crossentropy", population_size=32),
-        fit_kwargs={"epochs": 15, "batch_size": 8, "verbose": 0} | fit,
+        compiled(model, "categorical_crossentropy", False, population_size=32),
+        fit_kwargs={"epochs": 15, "batch_size": 8, "verbose": 0},
     )
 
 
-@pytest.mark.parametrize("name", WRAPPED)
-def test_a_classifier_of_scikit_learn(name):
+def test_a_classifier_of_scikit_learn():
     x, y = models.make_data(48)
-    model = MODELS[name]()
+    model = MODELS["subclassed"]()
     estimator = classifier(model).fit(x, y[:, 0])
     assert type(estimator.model_) is type(model)
     assert kinds(estimator.model_) == kinds(model)
@@ -210,11 +216,10 @@ def test_cross_validation_and_pipelines():
 def test_a_regressor_of_scikit_learn():
     x, _ = models.make_data(48)
     plain = keras.Sequential([keras.Input((4,)), LocalReparamDense(1)])
-    model = compiled(keras_vo.make_variational(plain), "mse")
+    model = compiled(keras_vo.make_variational(plain), "mse", eager=False)
+    before = model(x)[:, 0]
+    assert np.mean((before - x[:, 0]) ** 2) > 0.05 * np.var(x[:, 0])
     regressor = keras.wrappers.SKLearnRegressor(model)
-    scores = []
-    for epochs in (1, 40):
-        regressor.fit(x, x[:, 0], epochs=epochs, batch_size=8, verbose=0)
-        scores.append(regressor.score(x, x[:, 0]))
+    regressor.fit(x, x[:, 0], epochs=40, batch_size=8, verbose=0)
     assert isinstance(regressor.model_, keras_vo.VOSequential)
-    assert scores[1] > 0.95 > scores[0]
+    assert regressor.score(x, x[:, 0]) > 0.95

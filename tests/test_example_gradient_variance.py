@@ -164,34 +164,26 @@ def test_the_network_is_that_of_keras():
 # --- all of it ---
 
 
-def scaled(*_):
-    """In place of training, which takes seconds: any weights will do."""
-    module = example()
-    model = module.make_model(keras.layers.Dense, 0.1)
-    mean = module.flatten(model.get_weights())
-    return {"initial": mean, "half way": mean / 2, "trained": 1.5 * mean}
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Rows (predicted, measured, ratio, error) of a short run, and a figure."""
+    """Of a short run: rows, a figure, and all that is printed.
+
+    A row is what is predicted, what is measured, their ratio and its error.
+    """
     folder = tmp_path_factory.mktemp("plots")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        example_scripts.kept_figures() as kept,
-    ):
-        patch.setattr(example(), "train", scaled)
+    with example_scripts.kept_figures() as kept:
         output = run(
             "--sigmas=0.01,1",
             "--repeats=4000",
             "--population_sizes=8,64",
             "--members=1024",
             "--samples=2048",
+            "--epochs=4",
             "--batch_sizes=8,256",
             "--batches=16",
             f"--plot_dir={folder}",
         )
-    return parse(output), kept["gradient_variance.png"]
+    return parse(output), kept["gradient_variance.png"], output
 
 
 def parse(output):
@@ -215,7 +207,7 @@ def test_measurements_are_as_predicted(results):
     runs. The bounds on the errors say what would be seen: a factor of 2 in any
     ratio, and a third in half of them.
     """
-    table, _ = results
+    table, *_ = results
     rows = {k: v for k, v in table.items() if k[1] != "iid by eq. 5"}
     assert len(rows) == 2 * 3 + 3 * (2 * 3 + 4) + 2 * 2 * 2
     ratios, errors = np.array([row[2:] for row in rows.values()]).T
@@ -225,7 +217,7 @@ def test_measurements_are_as_predicted(results):
 
 
 def test_eq_5_holds_for_small_sigma_only(results):
-    table, _ = results
+    table, *_ = results
     small, large = (
         table["dU/dmu", "iid by eq. 5", sigma][2] for sigma in (0.01, 1)
     )
@@ -235,7 +227,7 @@ def test_eq_5_holds_for_small_sigma_only(results):
 
 def test_pairs_help_mu_and_double_the_variance_of_beta(results):
     """Measured: by 10 and more; and by 2, within the 5 % of its error."""
-    table, _ = results
+    table, *_ = results
     for state in ("initial", "half way", "trained"):
         measured = {
             (quantity, estimator): table[f"{quantity}, {state}", estimator, 64][
@@ -256,7 +248,7 @@ def test_pairs_help_mu_and_double_the_variance_of_beta(results):
 
 def test_only_noise_of_each_example_averages_out(results):
     """From 8 to 256 examples: 32 times less, against a floor."""
-    table, _ = results
+    table, *_ = results
     for quantity in ("U", "dU/dmu"):
         falls = {
             estimator: table[quantity, estimator, 8][1]
@@ -269,7 +261,7 @@ def test_only_noise_of_each_example_averages_out(results):
 
 def test_the_plot_shows_the_measurements(results):
     """Of one weight, a point for each sigma."""
-    table, figure = results
+    table, figure, _ = results
     points = [
         line.get_ydata()
         for line in figure.axes[0].lines
@@ -280,29 +272,25 @@ def test_the_plot_shows_the_measurements(results):
         assert any(np.allclose(got, want, rtol=0.02) for got in points)
 
 
-@pytest.mark.slow
-def test_as_a_script_with_training(tmp_path):
-    """The network learns; without a folder there is no plot."""
-    output = example_scripts.run_python(
-        example_scripts.FOLDER / "gradient_variance.py",
-        "--sigmas=1",
-        "--population_sizes=8",
-        "--members=256",
-        "--samples=256",
-        "--epochs=4",
-        "--batch_sizes=16",
-        "--batches=16",
-        "--plot_dir=",
-        cwd=tmp_path,
-    )
+def test_the_network_learns(results):
     losses = re.search(
         r"loss at mu: (\S+) initial, (\S+) half way, (\S+) trained",
-        output,
+        results[-1],
     ).groups()
     initial, half_way, trained = map(float, losses)
     # Seeds 0 to 2 gave 2.4, 0.6 to 0.8 and 0.2 to 0.4.
     assert initial > 2 > 1 > half_way > trained
-    assert len(parse(output)) == 4 + 3 * 7 + 4
+
+
+def test_no_folder_no_plot(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example(), "train", lambda *_: {"initial": np.zeros(1)})
+    for name in ("univariate", "pairs", "batches"):
+        monkeypatch.setattr(example(), f"measure_{name}", lambda *_: [])
+    monkeypatch.setattr(example(), "plot", None)
+    monkeypatch.setattr(example(), "print_rows", lambda *_: None)
+    monkeypatch.setattr(example(), "network_losses", lambda *_: np.zeros(1))
+    assert "plot " not in run("--plot_dir=")
     assert not list(tmp_path.iterdir())
 
 

@@ -189,7 +189,7 @@ def test_search_leaves_the_narrow_minimum_for_the_wide(tmp_path):
     see beyond the minimum it starts in, or follows something else than U.
     """
     plots = tmp_path / "plots"
-    arguments = "--stddevs=0.1", f"--plot_dir={plots}"
+    arguments = "--stddevs=0.1", "--steps=120", f"--plot_dir={plots}"
     with example_scripts.kept_figures() as figures:
         output = example_scripts.run("search_landscapes", *arguments)
     number = r" +(-?[\d.]+)"

@@ -3,9 +3,12 @@
 import json
 import pathlib
 import re
+import runpy
+import sys
 
 import example_scripts
 import matplotlib.pyplot as plt
+import models
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,15 +17,25 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.parametrize(
+    "path", sorted(example_scripts.FOLDER.glob("*.py")), ids=lambda p: p.stem
+)
+def test_scripts_run_their_main(path, monkeypatch):
+    called = []
+    monkeypatch.setattr(app, "run", called.append)
+    with example_scripts.own_flags():
+        names = runpy.run_path(str(path), run_name="__main__")
+    assert called == [names["main"]]
+
+
 @pytest.mark.slow
 def test_digits_learns_plots_and_exports(tmp_path):
-    output = example_scripts.run_python(
-        ROOT / "examples" / "digits.py",
+    output = example_scripts.run(
+        "digits",
         "--epochs=15",
         "--batch_size=128",
-        "--export_dir=model",
-        "--plot_dir=plots",
-        cwd=tmp_path,
+        f"--export_dir={tmp_path / 'model'}",
+        f"--plot_dir={tmp_path / 'plots'}",
     )
     accuracy = float(re.search(r"test accuracy +([\d.]+)", output).group(1))
     # Seeds 0 to 4 gave 0.83 to 0.91 after 15 epochs; guessing gives 0.10.
@@ -41,15 +54,16 @@ def test_digits_names_an_unknown_choice():
 
 
 @pytest.mark.slow
-def test_readme_code_runs(tmp_path):
+def test_readme_code_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 6
     short = [
         block.replace("=200", "=2")
         .replace("1000", "100")
-        .replace("=50", "=15")
-        .replace("=20)", "=5)")
+        .replace("=50", "=10")
+        .replace("=20)", "=3)")
+        .replace("epochs=5,", "epochs=1,")
         for block in blocks
     ]
     assert all(a != b for a, b in zip(short, blocks, strict=True))
@@ -70,12 +84,13 @@ def test_readme_code_runs(tmp_path):
         short[4] + "\nassert model.evaluate(x, y)[1] > 0.3",
         short[5] + "\nassert len(monitor.history['kl']) == 100",
     ]
+    monkeypatch.chdir(tmp_path)
+    # TensorFlow's collective operations are those of one strategy a process.
+    one = models.mirrored(1)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: one)
     # Each with names of its own, of which it has to import what it needs.
-    example_scripts.run_python(
-        "-c",
-        "\n".join(f"exec({c!r}, {{'__name__': '__main__'}})" for c in codes),
-        cwd=tmp_path,
-    )
+    for code in codes:
+        exec(code, {"__name__": "__main__"})
 
 
 @pytest.mark.slow
@@ -85,15 +100,21 @@ def test_readme_code_runs(tmp_path):
     "arguments",
     [
         ["--dense=local_reparam"],
-        ["--dense=low_rank", "--loss=f1", "--fitness_shaping=centered_rank"],
+        [
+            "--dense=low_rank",
+            "--network=patches",
+            "--units=32",
+            "--shift=1",
+            "--loss=f1",
+            "--fitness_shaping=centered_rank",
+        ],
         ["--dense=full", "--network=cnn", "--loss=zero_one"],
-        ["--network=patches", "--units=32", "--shift=1"],
         ["--network=frozen", "--units="],
         ["--backpropagation"],
     ],
 )
 def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path, monkeypatch):
-    """On images of squares in one of ten places; as a script, at first."""
+    """On images of squares in one of ten places."""
     learns = arguments in (["--dense=local_reparam"], ["--backpropagation"])
     epochs, size = (3, 1280) if learns else (1, 256)
     rng = np.random.default_rng(0)
@@ -113,12 +134,8 @@ def test_mnist_runs_with_every_kind_of_layer(arguments, tmp_path, monkeypatch):
         "--plot_path=plot.png",
         *arguments,
     ]
-    if "--dense=local_reparam" in arguments:
-        script = ROOT / "examples" / "mnist.py"
-        output = example_scripts.run_python(script, *arguments, cwd=tmp_path)
-    else:
-        monkeypatch.chdir(tmp_path)
-        output = example_scripts.run("mnist", *arguments)
+    monkeypatch.chdir(tmp_path)
+    output = example_scripts.run("mnist", *arguments)
     accuracy = float(re.search(r"test accuracy +([\d.]+)", output).group(1))
     if learns:
         assert accuracy > 0.9
@@ -143,14 +160,16 @@ def test_mnist_refuses_losses_that_do_not_fit(arguments, message):
 
 
 @pytest.mark.slow
-def test_multi_worker_trains_and_shows_one_table(tmp_path):
-    output = example_scripts.run_python(
-        ROOT / "examples" / "multi_worker.py",
-        "--num_workers=2",
-        "--epochs=4",
-        "--exchange=gradient",
-        cwd=tmp_path,
-    )
+def test_multi_worker_trains_and_shows_one_table(monkeypatch, capfd):
+    """Its workers are processes that run the script."""
+    flags = "--num_workers=2", "--epochs=4", "--exchange=gradient"
+    script = example_scripts.FOLDER / "multi_worker.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(SystemExit) as stopped:
+        example_scripts.run("multi_worker", *flags)
+    output, errors = capfd.readouterr()
+    assert stopped.value.code == 0, errors[-3000:]
     accuracy = float(re.search(r"test accuracy +([\d.]+)", output).group(1))
     # Seeds 0 to 2 gave 0.47 to 0.59; guessing gives 0.10.
     assert accuracy > 0.3

@@ -8,17 +8,13 @@ import pytest
 
 NAMES = [
     "full-separable",
-    "full-max-kl",
     "local-masked",
     "mixed-separable-max-kl",
     "follow-mean-isotropic-max-kl",
     "defaults-784-16-10",
-    "mixed-redrawn-eager",
-    "float64-mixed",
     "dropout",
     "minimize-float64-chunks",
     "minimize-all-nonfinite",
-    "replicas3-full-fitness-redrawn",
     "sharded2-full-fitness",
 ]
 

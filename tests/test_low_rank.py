@@ -57,26 +57,14 @@ def test_the_sums_are_those_over_the_members(rank):
 # --- closed forms, through training ---
 
 
-def squares(y_true, y_pred):
-    return tf.reduce_sum(tf.square(y_pred - y_true), axis=-1)
-
-
-def linear(y_true, y_pred):
-    return tf.reduce_sum(y_true * y_pred, axis=-1)
+def linear_and_squares(y_true, y_pred):
+    """t . Z + q |Z|^2"""
+    t, q = y_true[:, :-1], y_true[:, -1:]
+    return tf.reduce_sum(t * y_pred + q * y_pred**2, axis=-1)
 
 
 def cubes(y_true, y_pred):
     return tf.reduce_sum(y_pred**3, axis=-1)
-
-
-def low_rank_model(loss, rank, units=OUT, inputs=IN, **kwargs):
-    return make_model(
-        [lambda: LowRankDense(units, rank=rank, bias_initializer="normal")],
-        np.zeros((BATCH, inputs)),
-        loss=loss,
-        population_size=1024,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize(
@@ -96,19 +84,26 @@ def test_unbiased(rank, variance, antithetic):
     probability of 6e-6: of 2 tests of 16 numbers, 2e-4.
     """
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(BATCH, IN)), rng.normal(size=(BATCH, OUT))
-    kwargs = {"variance": variance, "antithetic": antithetic}
+    x, t = rng.normal(size=(BATCH, IN)), rng.normal(size=(BATCH, OUT))
     a = np.concatenate([x, np.ones((BATCH, 1))], 1)
+    model = make_model(
+        [lambda: LowRankDense(OUT, rank=rank, bias_initializer="normal")],
+        x,
+        loss=linear_and_squares,
+        population_size=1024,
+        variance=variance,
+        antithetic=antithetic,
+    )
 
-    model = low_rank_model(linear, rank, **kwargs)
+    y = np.concatenate([t, np.zeros((BATCH, 1))], 1)
     samples = [gradients(model, x, y)[0] for _ in range(60)]
-    want = (a.T @ y / BATCH).ravel()
+    want = (a.T @ t / BATCH).ravel()
     scores, error = z_scores(samples, want)
     assert np.abs(scores).max() < 5
     assert np.median(error / np.abs(want)) < 0.05
 
-    model = low_rank_model(squares, rank, **kwargs)
-    samples = [gradients(model, x, 0 * y)[1] for _ in range(60)]
+    y = np.concatenate([0 * t, np.ones((BATCH, 1))], 1)
+    samples = [gradients(model, x, y)[1] for _ in range(60)]
     want = 0.3**2 * np.repeat((a**2).mean(0)[:, None], OUT, 1)
     want = want.ravel() if variance == "separable" else [want.sum()]
     scores, error = z_scores(samples, want)
@@ -116,13 +111,13 @@ def test_unbiased(rank, variance, antithetic):
     assert np.median(error / np.abs(want)) < 0.1
 
 
-@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("rank", [1, 4])
 def test_tends_to_full_rank_as_r_grows(rank):
     """f = w^3, one weight at 0: E[f E] / sigma = sigma^2 (3 + 6 / r).
 
     E[E^4] = 3 + 6/r, and 3 for a normal number. 60 steps of 4096 members; a
     Student-t with 59 degrees of freedom is beyond 5 with probability 6e-6.
-    Rank 16 is within 13 % of full rank, and 1 has three times as much.
+    Rank 1 has three times as much as full rank, and 4 half as much again.
     """
     model = make_model(
         [lambda: LowRankDense(1, rank=rank, use_bias=False)],
@@ -197,6 +192,7 @@ def test_inputs_of_integers_and_of_rank_3():
         [LowRankDense(5, activation="relu"), LowRankDense(3)],
         shape=(2, 4),
         loss="mse",
+        run_eagerly=True,
         optimizer=models.make_optimizer(
             search_distribution=keras_vo.GaussianSearchDistribution(
                 "fixed", stddev=1e-9, min_stddev=1e-9
@@ -211,5 +207,7 @@ def test_inputs_of_integers_and_of_rank_3():
 
     inputs = keras.Input((4,), dtype="int32")
     integers = keras_vo.VOModel(inputs, LowRankDense(3)(inputs))
-    integers.compile(optimizer=models.make_optimizer(), loss="mse")
+    integers.compile(
+        optimizer=models.make_optimizer(), loss="mse", run_eagerly=True
+    )
     assert np.all(np.isfinite(integers.train_on_batch(x[:, 0], y[:, 0])))

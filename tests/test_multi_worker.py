@@ -95,13 +95,15 @@ def assert_all_equal(*runs):
 def test_two_workers_one_lost_and_both_resumed(tmp_path):
     """A killed worker ends the other; both go on, and end as one replica.
 
-    20 steps on batches that both workers have, of which the first run takes
+    10 steps on batches that both workers have, of which the first run takes
     7.
     """
     backup = tmp_path / "shared" / "backup"
     checkpoint = tmp_path / "made" / "best.keras"
     options = {
-        "fit": {"epochs": 4},
+        "units": [],
+        "fit": {"epochs": 2},
+        "evaluate": False,
         "backup": str(backup),
         "checkpoint": str(checkpoint),
     }
@@ -123,10 +125,10 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
     assert not backup.exists()
     resumed = [results(tmp_path / f"resumed{i}.npz") for i in range(2)]
     assert_all_equal(*resumed)
-    one = worker_program.model(worker_program.OPTIONS)
+    one = worker_program.model(worker_program.OPTIONS | {"units": []})
     x, y = worker_program.data()
     history = one.fit(
-        x, y, batch_size=16, epochs=4, shuffle=False, verbose=0
+        x, y, batch_size=16, epochs=2, shuffle=False, verbose=0
     ).history
     for index, weight in enumerate(one.weights):
         np.testing.assert_allclose(resumed[0][f"w{index}"], weight, rtol=1e-5)
@@ -140,7 +142,7 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
     loaded = keras.models.load_model(checkpoint)
     for index, weight in enumerate(loaded.weights):
         np.testing.assert_array_equal(resumed[0][f"w{index}"], weight)
-    assert int(loaded.optimizer.generations.numpy()) == 20
+    assert int(loaded.optimizer.generations.numpy()) == 10
 
 
 @pytest.mark.slow
@@ -194,13 +196,15 @@ def test_workers_that_differ_are_told_in_what(tmp_path):
 
 @pytest.mark.slow
 def test_models_of_other_shapes_do_not_hang(tmp_path):
-    """TensorFlow itself finds out, when the weights are made."""
+    """TensorFlow itself finds out, when the weights are made.
+
+    Worker 0 stops too; what it says is sometimes that of an operation before.
+    """
     codes, outputs = run(tmp_path, {}, {"units": [7]})
     assert codes == [1, 1]
     assert "task:1" in outputs[1]
     assert "expected shape [4,7]" in outputs[1]
     assert "expected shape [4,5]" in outputs[1]
-    assert "task:1" in outputs[0]
 
 
 # --- the meeting of workers: threads in place of processes ---
@@ -239,10 +243,10 @@ def test_three_workers_meet():
 
 def test_a_worker_that_does_not_come():
     first, second, _ = clusters(3)
-    errors = meet(first, second, timeout=1.5)
+    errors = meet(first, second, timeout=0.7)
     for error in errors:
         assert isinstance(error, TimeoutError)
-        assert "nothing from worker:2 within 1.5 seconds" in str(error)
+        assert "nothing from worker:2 within 0.7 seconds" in str(error)
 
 
 def test_the_first_worker_does_not_come():
@@ -265,12 +269,21 @@ def test_workers_of_different_clusters():
 
 def test_two_processes_that_are_the_same_worker():
     first, second, _ = clusters(3)
-    errors = meet(first, second, second, timeout=3.0)
+    errors = meet(first, second, second, timeout=1.0)
     assert "two processes that are worker 1" in str(errors[0])
 
 
-def test_strangers_do_not_disturb_the_meeting():
-    """A silent one, one that is gone, one that says something else."""
+def test_strangers_do_not_disturb_the_meeting(monkeypatch):
+    """A silent one, one that is gone, one that says something else.
+
+    All patience is a tenth of what it is.
+    """
+    settimeout = socket.socket.settimeout
+    monkeypatch.setattr(
+        socket.socket,
+        "settimeout",
+        lambda self, seconds: settimeout(self, seconds and seconds / 10),
+    )
     first, second = clusters(2)
     raised = []
     host = threading.Thread(target=lambda: raised.extend(meet(first)))

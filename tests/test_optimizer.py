@@ -173,6 +173,7 @@ def test_three_independent_steps_by_hand(fixed_noise):
     "case",
     list(
         models.pairwise(
+            apart=("shaping", "variance"),  # losses know nothing of sigma
             shaping=list(reference.SHAPINGS),
             variance=STRUCTURES,
             natural=[True, False],
@@ -230,25 +231,18 @@ def run(steps=4, graph=True, variables=None, f=objective, **kwargs):
     return flat(variables), flat(optimizer.stddevs), means
 
 
-def test_eager_is_graph():
-    eager = run(steps=2, graph=False)
-    for a, b in zip(run(steps=2, graph=True), eager, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10)
-
-
-def test_the_search_does_not_depend_on_chunks_or_memory():
-    want = run(population_size=14)
+def test_eager_is_graph_whatever_the_chunks_and_the_memory():
+    want = run(steps=2, graph=False, population_size=14)
     for options in (
-        {"chunk_size": 1},
         {"chunk_size": 5},
-        {"chunk_size": 1000},
         {"memory_budget": 1},  # draws every noise twice
     ):
-        for a, b in zip(run(population_size=14, **options), want, strict=True):
+        got = run(steps=2, population_size=14, **options)
+        for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("population_size", [8, 14, 130])
+@pytest.mark.parametrize("population_size", [8, 70])
 def test_an_eager_objective_is_called_once_a_member(population_size):
     calls = []
 
@@ -264,12 +258,16 @@ def test_an_eager_objective_is_called_once_a_member(population_size):
 
 def test_a_seed_is_a_trajectory():
     """Drawn from Python's random numbers, or given."""
+
+    def end(seed=None):
+        return run(steps=1, graph=False, seed=seed)[0]
+
     keras.utils.set_random_seed(5)
-    first = run(seed=None)[0]
-    assert np.all(run(seed=None)[0] != first)
+    first = end()
+    assert np.all(end() != first)
     keras.utils.set_random_seed(5)
-    np.testing.assert_array_equal(run(seed=None)[0], first)
-    assert np.all(run(seed=2**63 - 1)[0] != first)
+    np.testing.assert_array_equal(end(), first)
+    assert np.all(end(2**63 - 1) != first)
 
 
 def test_keras_variables_and_numpy_objectives():
@@ -278,18 +276,20 @@ def test_keras_variables_and_numpy_objectives():
         return float(objective_np(w))
 
     variables = [keras.Variable(v, dtype="float64") for v in make_variables()]
-    got = run(graph=False, variables=variables, f=simulator)
-    np.testing.assert_allclose(got[0], run()[0], rtol=1e-10)
+    want = run(steps=2, graph=False)[0]
+    got = run(steps=2, graph=False, variables=variables, f=simulator)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-10)
 
     def in_graph(weights):
         w = tf.concat(weights, 0)
         value = tf.numpy_function(objective_np, [w], tf.float64)
         return tf.ensure_shape(value, [])
 
-    np.testing.assert_allclose(run(f=in_graph)[0], run()[0], rtol=1e-10)
+    got = run(steps=2, f=in_graph)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_lower_precision(dtype):
     """f falls from 10.25 to less than a quarter; seeds 0 to 9: 1.1 at most."""
     variables = make_variables(dtype)
@@ -311,32 +311,46 @@ def test_losses_need_not_be_floating(dtype):
 
 
 @pytest.mark.parametrize(
-    "make_inner",
+    "make_inner, graph",
     [
-        lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
-        lambda: keras.optimizers.Adam(0.1),
-        lambda: keras.optimizers.AdamW(0.1, weight_decay=0.2),
-        lambda: keras.optimizers.SGD(0.5, clipnorm=0.1),
-        lambda: keras.optimizers.SGD(0.5, global_clipnorm=0.1),
-        lambda: keras.optimizers.SGD(0.5, clipvalue=0.05),
-        lambda: keras.optimizers.SGD(
-            keras.optimizers.schedules.PiecewiseConstantDecay(
-                [1, 2], [0.5, 0.1, 0.01]
-            )
+        (lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), False),
+        (lambda: keras.optimizers.AdamW(0.1, weight_decay=0.2), True),
+        (lambda: keras.optimizers.SGD(0.5, clipnorm=0.1), False),
+        (lambda: keras.optimizers.SGD(0.5, global_clipnorm=0.1), False),
+        (lambda: keras.optimizers.SGD(0.5, clipvalue=0.05), False),
+        (
+            lambda: keras.optimizers.SGD(
+                keras.optimizers.schedules.PiecewiseConstantDecay(
+                    [1, 2], [0.5, 0.1, 0.01]
+                )
+            ),
+            True,
         ),
-        lambda: keras.optimizers.Adam(
-            0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
+        (
+            lambda: keras.optimizers.Adam(
+                0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
+            ),
+            True,
         ),
-        lambda: keras.optimizers.RMSprop(0.1, use_ema=True, ema_momentum=0.8),
+        (
+            lambda: keras.optimizers.RMSprop(
+                0.1, use_ema=True, ema_momentum=0.8
+            ),
+            False,
+        ),
     ],
-    ids="momentum adam adamw norm global value schedule ema2 ema".split(),
+    ids="momentum adamw norm global value schedule ema2 ema".split(),
 )
-def test_the_inner_optimizer_acts_as_on_any_gradient(make_inner):
+def test_the_inner_optimizer_acts_as_on_any_gradient(make_inner, graph):
     """Beside: the same optimizer, given the reference's search gradient."""
     variables, twins = make_variables(), make_variables()
     optimizer = make("fixed", inner=make_inner())
     inner = make_inner()
-    step = tf.function(lambda: optimizer.minimize(objective, variables))
+
+    def step():
+        return optimizer.minimize(objective, variables)
+
+    step = tf.function(step) if graph else step
     for generation in range(4):
         moved, _ = reference.search_step(
             objective_np,
@@ -443,6 +457,7 @@ def test_sigma_stays_within_its_bounds(variance):
         min_stddev=0.4,
         max_stddev=0.6,
         steps=6,
+        graph=False,
     )
     assert np.all(stddevs >= 0.4 - 1e-9) and np.all(stddevs <= 0.6 + 1e-9)
     assert np.any(np.isin(stddevs.round(9), [0.4, 0.6]))
@@ -450,7 +465,9 @@ def test_sigma_stays_within_its_bounds(variance):
 
 def test_fixed_sigma_is_never_changed():
     np.testing.assert_allclose(
-        run(variance="fixed", learning_rate=50.0)[1], np.full(3, 0.5), 1e-15
+        run(variance="fixed", learning_rate=50.0, graph=False)[1],
+        np.full(3, 0.5),
+        1e-15,
     )
 
 
@@ -550,15 +567,15 @@ def test_a_resumed_search_is_the_uninterrupted_one():
     variables = make_variables()
     optimizer = make("separable", inner=keras.optimizers.Adam(0.1))
     store = {}
-    for step in range(6):
-        if step == 3:
+    for step in range(4):
+        if step == 2:
             optimizer.save_own_variables(store)
             resumed = [tf.Variable(v) for v in variables]
         optimizer.minimize(objective, variables)
     copy = keras_vo.VOOptimizer.from_config(optimizer.get_config())
     copy.build(resumed)
     copy.load_own_variables(store)
-    for _ in range(3):
+    for _ in range(2):
         copy.minimize(objective, resumed)
     np.testing.assert_array_equal(flat(resumed), flat(variables))
     np.testing.assert_array_equal(flat(copy.stddevs), flat(optimizer.stddevs))

@@ -35,21 +35,22 @@ def square(weights):
 
 
 def take_steps(optimizer, variables, count, f=square):
-    step = tf.function(lambda: optimizer.minimize(f, variables))
+    step = tf.function(
+        lambda: optimizer.minimize(f, variables), autograph=False
+    )
     for _ in range(count):
         step()
 
 
-@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
-    "inner, steps",
+    "inner, steps, dtypes",
     [
-        (lambda: keras.optimizers.Adam(0.002), 350),
-        (lambda: keras.optimizers.SGD(1.0), 600),
+        (lambda: keras.optimizers.Adam(0.002), 350, LOW),
+        (lambda: keras.optimizers.SGD(1.0), 600, ["bfloat16"]),
     ],
     ids=["adam", "sgd"],
 )
-def test_small_steps_add_up(dtype, inner, steps):
+def test_small_steps_add_up(inner, steps, dtypes):
     """As in float32: steps of .002 where numbers near 1 are .0039 apart.
 
     The variables did not move in bfloat16 (Adam: beta_2 = 0.999 is 1 there),
@@ -57,7 +58,7 @@ def test_small_steps_add_up(dtype, inner, steps):
     float32, which ends at .767 or less.
     """
     ends = []
-    for name in (dtype, "float32"):
+    for name in ("float32", *dtypes):
         w = tf.Variable(tf.ones([8], name))
         optimizer = models.make_optimizer(
             fixed(0.004), inner_optimizer=inner(), population_size=64
@@ -65,12 +66,14 @@ def test_small_steps_add_up(dtype, inner, steps):
         take_steps(optimizer, [w], steps)
         assert w.dtype.name == name
         ends.append(values(w))
-    assert np.max(ends[1]) < 0.9
-    np.testing.assert_allclose(ends[0], ends[1], atol=0.03)
+    assert np.max(ends[0]) < 0.9
+    for end in ends[1:]:
+        np.testing.assert_allclose(end, ends[0], atol=0.03)
 
 
-@pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(
+    "dtype, graph", [("bfloat16", True), ("float16", False)]
+)
 def test_variables_and_members_are_rounded(dtype, graph):
     """mu is kept, the variable is its rounding; so are members of mu + noise.
 
@@ -115,8 +118,11 @@ def test_float32_is_as_it_was():
         ("local_reparam", "bfloat16"),
     ],
 )
-def test_fit(kind, policy):
-    """Under pure policies, with Adam. Three classes: chance is 1.1."""
+def test_fit(kind, policy, tmp_path):
+    """Under pure policies, with Adam. Three classes: chance is 1.1.
+
+    One of them is also saved, and restored bit by bit.
+    """
     keras.config.set_dtype_policy(policy)
     x, y = models.make_data(48)
     model = models.make_model(
@@ -129,6 +135,18 @@ def test_fit(kind, policy):
     history = models.fit(model, x, y, epochs=20, batch_size=16)
     assert history["loss"][-1] < 0.6 * history["loss"][0]
     assert {w.dtype for w in model.trainable_variables} == {policy}
+    if kind != "full":
+        return
+    model.save(tmp_path / "m.keras")
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    for m in (model, copy):
+        models.fit(m, x, y, batch_size=16)
+    for mine, other in zip(
+        [*model.weights, *model.optimizer.variables],
+        [*copy.weights, *copy.optimizer.variables],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(values(mine), values(other))
 
 
 def test_weights_that_are_set_count():
@@ -153,23 +171,6 @@ def test_a_generation_without_a_finite_loss_changes_nothing():
     take_steps(optimizer, [w], 1, lambda weights: tf.constant(np.nan))
     np.testing.assert_array_equal(values(w), before[0])
     np.testing.assert_array_equal(values(mean), before[1])
-
-
-def test_restored_bit_by_bit(tmp_path):
-    keras.config.set_dtype_policy("bfloat16")
-    x, y = models.make_data()
-    model = models.make_model()
-    models.fit(model, x, y)
-    model.save(tmp_path / "m.keras")
-    copy = keras.saving.load_model(tmp_path / "m.keras")
-    for m in (model, copy):
-        models.fit(m, x, y)
-    for mine, other in zip(
-        [*model.weights, *model.optimizer.variables],
-        [*copy.weights, *copy.optimizer.variables],
-        strict=True,
-    ):
-        np.testing.assert_array_equal(values(mine), values(other))
 
 
 def test_averages_are_written_at_the_end():
@@ -228,7 +229,7 @@ def test_two_replicas_are_one():
             w = keras.Variable([0.2, -0.4, 0.6], dtype="bfloat16")
             w.constraint = keras.constraints.NonNeg()
             optimizer = models.make_optimizer(
-                max_kl=0.5, population_size=16, exchange="gradient"
+                population_size=16, exchange="gradient"
             )
         take_steps(
             optimizer,

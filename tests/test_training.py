@@ -1,5 +1,7 @@
 """`fit` with a VOOptimizer: what Keras users expect of every option."""
 
+import functools
+
 import keras
 import models
 import numpy as np
@@ -16,10 +18,18 @@ def assert_same_weights(first, second, **tolerance):
     )
 
 
-def trained(*data, compiling=None, **fitting):
-    model = models.make_model(**(compiling or {}))
-    models.fit(model, *data, **fitting)
-    return model
+@functools.cache
+def weights_of_a_fit():
+    """What `fit`, as it is by default, makes of the default model."""
+    model = models.make_model()
+    models.fit(model)
+    return models.weights(model)
+
+
+def assert_same_fit(model, **tolerance):
+    np.testing.assert_allclose(
+        models.weights(model), weights_of_a_fit(), **tolerance
+    )
 
 
 # --- the log ---
@@ -43,13 +53,13 @@ def test_the_log_is_of_the_mean_network_and_of_its_population():
     )
     before = model.predict(x, verbose=0)
     plain = plain_twin(model)
+    rewind = models.rewinder(model)
+    listed = model.train_on_batch(x, y)
+    rewind()
     logs = model.train_on_batch(x, y, return_dict=True)
-    assert set(logs) == {
-        "loss",
-        "accuracy",
-        "population_loss",
-        "nonfinite_members",
-    }
+    names = ["loss", "accuracy", "population_loss", "nonfinite_members"]
+    assert set(logs) == set(names)
+    assert list(map(float, listed)) == [float(logs[name]) for name in names]
     picked = before[np.arange(8), y[:, 0]]
     np.testing.assert_allclose(logs["loss"], -np.log(picked).mean(), rtol=1e-5)
     np.testing.assert_allclose(
@@ -62,10 +72,12 @@ def test_the_log_is_of_the_mean_network_and_of_its_population():
     assert abs(logs["population_loss"] / logs["loss"] - 1) > 1e-3
 
 
-def test_history_and_evaluate():
-    x, y = models.make_data()
+def test_history_and_evaluate_of_a_training_that_learns():
+    x, y = models.make_data(96)
     model = models.make_model(metrics=["accuracy"])
-    history = models.fit(model, x, y, validation_data=(x, y))
+    history = models.fit(
+        model, x, y, epochs=15, batch_size=32, validation_data=(x, y)
+    )
     assert set(history) == {
         "loss",
         "accuracy",
@@ -74,6 +86,8 @@ def test_history_and_evaluate():
         "val_loss",
         "val_accuracy",
     }
+    assert history["accuracy"][-1] > 0.9 > history["accuracy"][0]
+    assert history["population_loss"][-1] < history["population_loss"][0]
     final = model.evaluate(x, y, verbose=0, return_dict=True)
     assert set(final) == {"loss", "accuracy"}
     np.testing.assert_allclose(final["loss"], history["val_loss"][-1], 1e-5)
@@ -81,17 +95,6 @@ def test_history_and_evaluate():
     np.testing.assert_allclose(model.evaluate(x, y, verbose=0), listed, 1e-5)
     np.testing.assert_allclose(model.test_on_batch(x, y), listed, 1e-5)
     assert model.test_on_batch(x, y, return_dict=True).keys() == final.keys()
-
-
-def test_train_on_batch_returns_a_list_or_a_dictionary():
-    x, y = models.make_data(8)
-    model = models.make_model(metrics=["accuracy"])
-    rewind = models.rewinder(model)
-    as_list = model.train_on_batch(x, y)
-    rewind()
-    as_dict = model.train_on_batch(x, y, return_dict=True)
-    names = ["loss", "accuracy", "population_loss", "nonfinite_members"]
-    assert list(map(float, as_list)) == [float(as_dict[n]) for n in names]
 
 
 def test_the_epochs_loss_weighs_batches_by_size():
@@ -114,54 +117,34 @@ def test_the_epochs_loss_weighs_batches_by_size():
         np.testing.assert_allclose(split[key][0], want, rtol=1e-5)
 
 
-def test_training_learns():
-    x, y = models.make_data(96)
-    model = models.make_model(metrics=["accuracy"])
-    history = models.fit(model, x, y, epochs=15, batch_size=32)
-    assert history["accuracy"][-1] > 0.9 > history["accuracy"][0]
-    assert history["population_loss"][-1] < history["population_loss"][0]
-
-
 # --- weights and losses ---
 
 
-def test_class_weight_is_sample_weight():
-    x, y = models.make_data()
-    by_class = trained(x, y, class_weight={0: 1.0, 1: 5.0, 2: 0.0})
-    by_sample = trained(x, y, sample_weight=np.array([1.0, 5.0, 0.0])[y[:, 0]])
-    assert_same_weights(by_class, by_sample, rtol=0)
-    assert np.any(models.weights(by_class) != models.weights(trained(x, y)))
-
-
-def test_examples_of_weight_zero_are_as_good_as_absent():
+def test_weights_of_classes_and_of_examples():
     """Ranks do not see that the mean is over all eight examples."""
     x, y = models.make_data(8)
-    keep = np.array([0, 1, 1, 1, 0, 1, 1, 1], bool)
-    assert_same_weights(
-        trained(x, y, sample_weight=keep.astype("float32")),
-        trained(x[keep], y[keep]),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    weight = np.array([1.0, 5.0, 0.0], "float32")[y[:, 0]]
+    keep = weight != 0
+    assert 0 < keep.sum() < 8
+    model = models.make_model()
+    rewind = models.rewinder(model)
+    steps = []
+    for examples, kwargs in (
+        (slice(None), {"class_weight": {0: 1.0, 1: 5.0, 2: 0.0}}),
+        (slice(None), {"sample_weight": weight}),
+        (keep, {"sample_weight": weight[keep]}),
+        (keep, {"sample_weight": np.ones_like(weight[keep])}),
+    ):
+        rewind()
+        model.train_on_batch(x[examples], y[examples], **kwargs)
+        steps.append(models.weights(model))
+    by_class, by_sample, present, unweighted = steps
+    np.testing.assert_array_equal(by_class, by_sample)
+    np.testing.assert_allclose(present, by_sample, rtol=1e-5, atol=1e-6)
+    assert np.any(unweighted != present)
 
 
-def test_weighted_metrics():
-    def largest(y_true, y_pred):
-        del y_true
-        return tf.reduce_max(y_pred, -1)
-
-    x, y = models.make_data(8)
-    weight = np.arange(8, dtype="float32")
-    model = models.make_model(metrics=[largest], weighted_metrics=[largest])
-    before = model.predict(x, verbose=0).max(-1)
-    logs = model.train_on_batch(x, y, weight, return_dict=True)
-    plain, weighted = before.mean(), np.average(before, weights=weight)
-    assert abs(plain / weighted - 1) > 1e-2
-    np.testing.assert_allclose(logs["largest"], plain, rtol=1e-5)
-    np.testing.assert_allclose(logs["weighted_largest"], weighted, rtol=1e-5)
-
-
-def test_custom_loss_and_metric():
+def test_custom_loss_and_metrics_and_weights_of_examples():
     def loss(y_true, y_pred):
         del y_true
         return tf.reduce_sum(tf.square(y_pred - 0.2), -1)
@@ -171,15 +154,19 @@ def test_custom_loss_and_metric():
         return tf.reduce_max(y_pred, -1)
 
     x, y = models.make_data(8)
-    model = models.make_model(loss=loss, metrics=[largest])
+    weight = np.arange(8, dtype="float32")
+    model = models.make_model(
+        loss=loss, metrics=[largest], weighted_metrics=[largest]
+    )
     before = model.predict(x, verbose=0)
-    logs = model.train_on_batch(x, y, return_dict=True)
-    np.testing.assert_allclose(
-        logs["loss"], ((before - 0.2) ** 2).sum(-1).mean(), rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        logs["largest"], before.max(-1).mean(), rtol=1e-5
-    )
+    logs = model.train_on_batch(x, y, weight, return_dict=True)
+    losses = ((before - 0.2) ** 2).sum(-1)
+    np.testing.assert_allclose(logs["loss"], (weight * losses).mean(), 1e-5)
+    plain = before.max(-1).mean()
+    weighted = np.average(before.max(-1), weights=weight)
+    assert abs(plain / weighted - 1) > 1e-2
+    np.testing.assert_allclose(logs["largest"], plain, rtol=1e-5)
+    np.testing.assert_allclose(logs["weighted_largest"], weighted, rtol=1e-5)
 
 
 class OwnLoss(keras_vo.VOTrainStep, keras.Model):
@@ -206,58 +193,66 @@ class OwnLossInTraining(OwnLoss):
         )
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, OwnLossInTraining])
-def test_an_overridden_compute_loss_without_y(kind):
-    model = kind()
+def test_an_overridden_compute_loss_without_y():
+    """It is told whether it is in training; test_perturbation.py: not told."""
+    model = OwnLossInTraining()
     model.compile(optimizer=models.make_optimizer())
     x = models.make_data(32)[0]
     model(x)
     model.optimizer.build(model.trainable_variables)
     history = models.fit(model, x, epochs=12)
     assert history["loss"][-1] < 0.5 * history["loss"][0] < 100
-    if kind is OwnLossInTraining:
-        assert model.evaluate(x, verbose=0) > 100
+    assert model.evaluate(x, verbose=0) > 100
 
 
-@pytest.mark.parametrize("structure", [dict, list])
-def test_several_outputs_and_their_weights(structure):
-    """A loss of weight 0 is as good as none: same noise, same steps."""
-    x, y = models.make_data()
+def test_dictionaries_of_inputs_and_outputs_and_their_weights():
+    """A loss of weight 0 is as good as none: same noise, same steps.
 
-    def pack(a, b):
-        return {"a": a, "b": b} if structure is dict else [a, b]
+    Lists: test_per_example.py.
+    """
+    data, _ = models.make_data(8)
+    x = {"left": data[:, :2], "right": data[:, 2:]}
+    targets = {"a": data[:, :1] * 3, "b": data[:, 1:2] - 2}
 
-    def make(**compiling):
+    def make(cls, spy=None, **compiling):
         keras.utils.set_random_seed(2)
-        inputs = keras.Input((4,))
-        a, b = (keras.layers.Dense(1, name=n)(inputs) for n in "ab")
-        model = keras_vo.VOModel(inputs, pack(a, b))
-        model.compile(optimizer=models.make_optimizer(), **compiling)
+        inputs = {name: keras.Input((2,), name=name) for name in x}
+        joined = keras.layers.Concatenate()(list(inputs.values()))
+        model = cls(
+            inputs, {n: keras.layers.Dense(1, name=n)(joined) for n in "ab"}
+        )
+        optimizer = spy and models.make_optimizer(fitness_shaping=spy)
+        model.compile(optimizer=optimizer or "sgd", **compiling)
         return model
 
-    targets = pack(x[:, :1] * 3, x[:, 1:2] - 2)
-    both = pack("mse", "mse")
-    weighted = make(loss=both, loss_weights=pack(0.0, 2.0))
-    history = models.fit(weighted, x, targets)
-    alone = make(loss=pack(None, "mse"))
-    # Keras before 3.12 takes no None among the targets.
-    unused = x[:, :1] if Version(keras.__version__) < Version("3.12") else None
-    models.fit(alone, x, pack(unused, x[:, 1:2] - 2))
-    assert_same_weights(weighted, alone, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        history["loss"], 2 * np.array(history["b_loss"]), rtol=1e-5
+    spy = models.LossSpy()
+    both = {
+        "loss": {"a": "mse", "b": "mse"},
+        "loss_weights": {"a": 0.0, "b": 2.0},
+    }
+    weighted = make(keras_vo.VOModel, spy, **both)
+    before = weighted(x)
+    logs = weighted.train_on_batch(x, targets, return_dict=True)
+    want = models.member_losses(
+        make(keras.Model, **both), models.make_optimizer(), x, targets
     )
+    np.testing.assert_allclose(spy.losses, want, rtol=1e-4)
+    alone = make(
+        keras_vo.VOModel, models.LossSpy(), loss={"a": None, "b": "mse"}
+    )
+    # Keras before 3.12 takes no None among the targets.
+    if Version(keras.__version__) >= Version("3.12"):
+        targets = targets | {"a": None}
+    alone.train_on_batch(x, targets)
+    assert_same_weights(weighted, alone, rtol=1e-5, atol=1e-6)
     # Each output's own loss is that of the mean network, not of members.
-    fresh = make(loss=both)
-    before = fresh.predict(x[:8], verbose=0)
-    first = pack(x[:8, :1] * 3, x[:8, 1:2] - 2)
-    logs = fresh.train_on_batch(x[:8], first, return_dict=True)
-    for name, got, want in zip(
-        "ab", keras.tree.flatten(before), keras.tree.flatten(first), strict=True
-    ):
-        np.testing.assert_allclose(
-            logs[f"{name}_loss"], ((got - want) ** 2).mean(), 1e-5
-        )
+    errors = {
+        "a": np.mean((before["a"] - data[:, :1] * 3) ** 2),
+        "b": np.mean((before["b"] - (data[:, 1:2] - 2)) ** 2),
+    }
+    for name, error in errors.items():
+        np.testing.assert_allclose(logs[f"{name}_loss"], error, rtol=1e-5)
+    np.testing.assert_allclose(logs["loss"], 2 * errors["b"], rtol=1e-5)
 
 
 def test_regularizers_and_add_loss_are_those_of_the_members():
@@ -303,7 +298,6 @@ def test_regularizers_and_add_loss_are_those_of_the_members():
 
 def test_sources_of_data():
     x, y = models.make_data()
-    want = trained(x, y)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
 
     def generator():
@@ -317,60 +311,44 @@ def test_sources_of_data():
         def __getitem__(self, i):
             return x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8]
 
+    model = models.make_model()
+    rewind = models.rewinder(model)
     for data, more in (
         (dataset, {}),
         (generator(), {"steps_per_epoch": 3}),
         (Sequence(), {}),
     ):
-        model = models.make_model()
         models.fit(model, data, batch_size=None, **more)
-        assert_same_weights(model, want, rtol=1e-6)
-
-
-def test_dictionary_inputs():
-    x, _ = models.make_data()
-    inputs = {name: keras.Input((2,), name=name) for name in "ab"}
-    joined = keras.layers.Concatenate()([inputs["a"], inputs["b"]])
-    model = keras_vo.VOModel(inputs, keras.layers.Dense(1)(joined))
-    model.compile(optimizer=models.make_optimizer(), loss="mse")
-    model.optimizer.build(model.trainable_variables)
-    history = models.fit(
-        model, {"a": x[:, :2], "b": x[:, 2:]}, x[:, :1], epochs=30
-    )
-    # Seeds 0 to 5 gave .003 at most; a constant has a third of it.
-    assert history["loss"][-1] < 0.05 * history["loss"][0]
+        assert_same_fit(model, rtol=1e-6)
+        rewind()
+    for batch in generator():
+        model.train_on_batch(*batch)
+    assert_same_fit(model, rtol=1e-6)
 
 
 # --- ways to run ---
 
 
-def test_steps_per_execution():
-    several = trained(compiling={"steps_per_execution": 3})
-    assert_same_weights(several, trained(), rtol=0)
-    assert int(several.optimizer.generations) == 6
-
-
-@pytest.mark.parametrize("option", ["run_eagerly", "jit_compile"])
-def test_eager_and_xla_take_the_same_steps(option):
-    """The noise is the same; sums may be rounded otherwise."""
-    assert_same_weights(
-        trained(compiling={option: True}), trained(), rtol=1e-3, atol=1e-5
-    )
-
-
-def test_batch_by_batch():
-    x, y = models.make_data()
-    model = models.make_model()
-    for _ in range(2):
-        for i in (0, 8, 16):
-            model.train_on_batch(x[i : i + 8], y[i : i + 8])
-    assert_same_weights(model, trained(x, y), rtol=1e-6)
+@pytest.mark.parametrize(
+    "option, tolerance",
+    [
+        ({"steps_per_execution": 3}, {"rtol": 0}),
+        # The noise is the same; sums may be rounded otherwise.
+        ({"run_eagerly": True}, {"rtol": 1e-3, "atol": 1e-5}),
+        ({"jit_compile": True}, {"rtol": 1e-3, "atol": 1e-5}),
+    ],
+)
+def test_all_ways_to_run_take_the_same_steps(option, tolerance):
+    model = models.make_model(**option)
+    models.fit(model)
+    assert_same_fit(model, **tolerance)
+    assert int(model.optimizer.generations) == 6
 
 
 def test_set_random_seed_repeats_a_run():
     x, y = models.make_data()
 
-    def run(seed, **fitting):
+    def make(seed, **compiling):
         keras.utils.set_random_seed(seed)
         model = keras_vo.VOSequential(
             [keras.Input((4,)), *models.make_layers()]
@@ -378,14 +356,23 @@ def test_set_random_seed_repeats_a_run():
         model.compile(
             optimizer=models.make_optimizer(seed=None),
             loss="sparse_categorical_crossentropy",
+            **compiling,
         )
-        if not fitting["shuffle"]:  # then only the search is random
-            model.set_weights([np.ones_like(w) for w in model.get_weights()])
-        models.fit(model, x, y, **fitting)
+        return model
+
+    def fitted(seed):
+        model = make(seed)
+        models.fit(model, x, y, shuffle=True)
         return models.weights(model)
 
-    np.testing.assert_array_equal(run(3, shuffle=True), run(3, shuffle=True))
-    assert np.all(run(3, shuffle=False) != run(4, shuffle=False))
+    def searched(seed):  # only the search is random
+        model = make(seed, run_eagerly=True)
+        model.set_weights([np.ones_like(w) for w in model.get_weights()])
+        model.train_on_batch(x, y)
+        return models.weights(model)
+
+    np.testing.assert_array_equal(fitted(3), fitted(3))
+    assert np.all(searched(3) != searched(4))
 
 
 # --- losses that are not finite ---
@@ -449,20 +436,17 @@ def test_frozen_layers_are_never_perturbed():
     x, y = models.make_data()
     layers = models.make_layers()
     layers[0].trainable = False
-    model = models.make_model(layers)
-    frozen = [w.numpy() for w in layers[0].weights]
-    models.fit(model, x, y)
-    for weight, before in zip(layers[0].weights, frozen, strict=True):
-        np.testing.assert_array_equal(weight, before)
-    assert len(model.optimizer.stddevs) == 2
     # A population that moved frozen weights would have other losses.
     spy = models.LossSpy()
-    model.compile(
-        optimizer=models.make_optimizer(fitness_shaping=spy),
-        loss="sparse_categorical_crossentropy",
+    model = models.make_model(
+        layers, optimizer=models.make_optimizer(fitness_shaping=spy)
     )
+    frozen = [w.numpy() for w in layers[0].weights]
+    assert len(model.optimizer.stddevs) == 2
     plain = plain_twin(model)
     assert len(plain.trainable_variables) == 2
     model.train_on_batch(x, y)
     want = models.member_losses(plain, models.make_optimizer(), x, y)
     np.testing.assert_allclose(spy.losses, want, rtol=1e-4)
+    for weight, before in zip(layers[0].weights, frozen, strict=True):
+        np.testing.assert_array_equal(weight, before)

@@ -26,6 +26,7 @@ OPTIONS = {
     "backup": None,  # a directory
     "checkpoint": None,  # a path
     "monitor": None,  # a path of a CSV file, of which {} is the worker
+    "evaluate": True,
     "kill": None,  # [worker, batch], counted over all epochs
     "result": None,  # a path, of which {} is the worker
     "start_timeout": 60.0,
@@ -108,11 +109,7 @@ def main(options):
         f"s{i}": v.numpy() for i, v in enumerate(trained.optimizer.stddevs)
     }
     results |= {f"history {k}": v for k, v in history.items()}
-    evaluated = trained.evaluate(x, y, batch_size=16, verbose=0)
-    predicted = trained.predict(x, batch_size=16, verbose=0)
-    np.savez(
-        options["result"].format(worker),
-        evaluated=evaluated,
-        predicted=predicted,
-        **results,
-    )
+    if options["evaluate"]:
+        results["evaluated"] = trained.evaluate(x, y, batch_size=16, verbose=0)
+        results["predicted"] = trained.predict(x, batch_size=16, verbose=0)
+    np.savez(options["result"].format(worker), **results)
