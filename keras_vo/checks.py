@@ -6,6 +6,7 @@ Every error says what was expected and what was received.
 from __future__ import annotations
 
 import decimal
+import inspect
 import math
 import numbers
 import operator
@@ -129,6 +130,16 @@ def checked_objective(objective: Any, method: str) -> Any:
             "in this order. "
             f"Received: objective={objective!r} of type {type(objective)}"
         )
+    try:
+        inspect.signature(objective).bind([])
+    except TypeError as error:
+        raise TypeError(
+            "The objective is given one argument, the list of the weights' "
+            "tensors, of a member of the population: `lambda weights: ...`. "
+            f"Received: objective={objective!r}, of which Python says: {error}"
+        ) from error
+    except ValueError:  # a builtin that does not say what it takes
+        pass
     return objective
 
 
@@ -198,7 +209,12 @@ def checked_scalar(loss: Any, dtype: tf.DType | None = None) -> tf.Tensor:
         raise ValueError(
             "The objective must return a scalar loss. Received: None"
         )
-    loss = tf.convert_to_tensor(loss)
+    try:
+        loss = tf.convert_to_tensor(loss)
+    except (TypeError, ValueError) as error:  # (loss, aux), say
+        raise ValueError(
+            f"The objective must return a scalar loss. Received: {loss!r}"
+        ) from error
     if loss.shape.rank is None:
         # The name stands in TensorFlow's error.
         name = "a_loss_of_unknown_shape_must_be_a_scalar"
@@ -230,8 +246,7 @@ def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
 
     Args:
         value: it.
-        dtype: that the losses get: those of examples this one, those of
-            members this one or a wider one that they have.
+        dtype: that the losses get, unless they have a wider one.
     """
     by_level = value if isinstance(value, dict) else {MEMBER: value}
     if MEMBER not in by_level:
@@ -239,7 +254,11 @@ def checked_losses(value: Any, dtype: tf.DType) -> dict[str, tf.Tensor]:
             "The objective must return a scalar loss. "
             f"Received: a dict with the keys {list(by_level)}"
         )
-    losses = {k: tf.cast(v, dtype) for k, v in by_level.items() if k != MEMBER}
+    losses = {
+        level: value if value.dtype.size > dtype.size else tf.cast(value, dtype)
+        for level, value in by_level.items()
+        if level != MEMBER
+    }
     return {MEMBER: checked_scalar(by_level[MEMBER], dtype), **losses}
 
 

@@ -224,7 +224,6 @@ class SearchSteps(SearchVariables):
                 "Expected the variables this optimizer was built with, "
                 f"{[checks.variable_name(v) for v in self._trained()]}. "
                 f"Received: {[checks.variable_name(v) for v in variables]}. "
-                "After a "
-                "change of what is trainable, compile the model with a new "
-                "VOOptimizer."
+                "For another model, or after a change of what is trainable, "
+                "compile with a new VOOptimizer."
             )

@@ -139,8 +139,9 @@ class VOTrainStep(StepFunctions):
 
     def _prepare(self, optimizer: VOOptimizer, x: Any) -> None:
         """Builds what is not built yet, and seeds random layers."""
-        if not self.optimizer.built:
+        if not (self.optimizer.built and self.trainable_variables):
             self(x)  # creates the weights of a model that is not built yet
+        if not self.optimizer.built:
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
         checks.check_variables(self.trainable_variables)

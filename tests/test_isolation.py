@@ -684,6 +684,39 @@ def test_counters_count_steps_not_members(eager):
 
 
 @pytest.mark.parametrize("eager", [False, True])
+def test_a_state_that_is_no_variable_is_named(eager, monkeypatch):
+    key = tf.constant([1], tf.int64)
+    table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, 0.0)
+    queue = tf.queue.FIFOQueue(100, tf.float32, shapes=[()])
+    numbers = iter(tf.data.Dataset.range(100))
+
+    def from_table(x):
+        table.insert(key, table.lookup(key) + 1.0)
+        return x * tf.reshape(table.lookup(key), [])
+
+    def from_queue(x):
+        queue.enqueue(1.0)
+        return x * tf.cast(queue.size(), tf.float32)
+
+    draws = (
+        from_table,
+        from_queue,
+        lambda x: x * tf.cast(next(numbers), tf.float32),
+        lambda x: x * tf.cast(tf.timestamp(), tf.float32),
+    )
+    monkeypatch.setattr(notices, "_said", set())
+    with pytest.warns(UserWarning) as warned:
+        spread([Own(draw) for draw in draws], eager)
+    told = [str(w.message) for w in warned if "no variable" in str(w.message)]
+    assert [message.split()[2] for message in told] == [
+        "IteratorGetNext",
+        "LookupTableInsertV2",
+        "QueueEnqueueV2",
+        "Timestamp",
+    ]
+
+
+@pytest.mark.parametrize("eager", [False, True])
 def test_losses_of_examples_count_once(eager):
     """Their weights take a further pass of the mean network's losses."""
     loss = CountingLoss()

@@ -187,6 +187,21 @@ def test_a_model_without_input_shape_trains_as_one_with(dtype):
     )
 
 
+def test_an_optimizer_of_another_model():
+    """It is told so, where the model has no weights yet, too."""
+    optimizer = models.make_optimizer()
+    x, _ = models.make_data()
+
+    def train():
+        model = keras_vo.VOSequential([layers.Dense(3)])
+        model.compile(optimizer, loss="mse", run_eagerly=True)
+        model.train_on_batch(x, x[:, :3])
+
+    train()
+    with pytest.raises(ValueError, match=r"another model.*new VOOptimizer"):
+        train()
+
+
 def test_noise_of_random_layers_is_not_that_of_the_population():
     seed = noise.generation_seed(tf.constant(0), tf.constant(0))
     draws = [

@@ -118,6 +118,7 @@ def test_equal_losses_are_equal_in_any_precision(shaping):
         ("3", "scalar loss.*string"),
         ([1.0, 2.0], r"scalar loss.*\(2,\)"),
         (None, "Received: None"),
+        ((tf.constant(1.0), {"steps": 3}), "scalar loss.*'steps': 3"),
     ],
 )
 def test_no_losses(value, message):
@@ -149,12 +150,17 @@ class WideModel(keras_vo.VOSequential):
         return tf.reduce_mean(wide(y, y_pred))
 
 
-def compiled(loss, eager=False, cls=keras_vo.VOSequential):
+def compiled(
+    loss,
+    eager=False,
+    cls=keras_vo.VOSequential,
+    layer=keras.layers.Dense,
+    shaping="centered_rank",
+):
     keras.utils.set_random_seed(1)
-    model = cls([keras.Input((4,)), keras.layers.Dense(4)])
-    model.compile(
-        optimizer=models.make_optimizer(), loss=loss, run_eagerly=eager
-    )
+    model = cls([keras.Input((4,)), layer(4)])
+    optimizer = models.make_optimizer(fitness_shaping=shaping)
+    model.compile(optimizer=optimizer, loss=loss, run_eagerly=eager)
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -188,6 +194,27 @@ def test_a_model_with_an_offset_in_its_loss(name, eager):
     loss = {"function": wide, "class": Wide()}.get(name)
     # Ranks of losses that differ by less than 1e-8 may.
     np.testing.assert_allclose(trained(loss, eager, cls), twin(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shaping", ["identity", "centered_rank"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_offset_in_the_losses_of_examples(shaping, eager):
+    layer = keras_vo.layers.LocalReparamDense
+    settings = {"layer": layer, "shaping": shaping, "eager": eager}
+    got = trained(wide, **settings)
+    want = trained(mean_square, **settings)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_examples_that_float32_can_not_hold():
+    def tiny(y_true, y_pred):
+        return 1e-60 * tf.cast(mean_square(y_true, y_pred), tf.float64)
+
+    layer = keras_vo.layers.LocalReparamDense
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="float32 can hold"
+    ):
+        trained(tiny, layer=layer, shaping="identity")
 
 
 def narrow(y_true, y_pred):

@@ -98,6 +98,9 @@ def test_what_is_no_objective(method):
             getattr(optimizer, method)(given, objective)
         with pytest.raises(TypeError, match=rf"`{method}\(objective, \[var"):
             getattr(optimizer, method)(given, [w])
+    for takes in (lambda: tf.reduce_sum(w**2), lambda a, b: a + b):
+        with pytest.raises(TypeError, match=r"the list.*`lambda weights: .*"):
+            getattr(models.make_optimizer(), method)(takes, [w])
 
 
 @pytest.mark.parametrize("method", ["minimize", "step", "build"])

@@ -21,6 +21,13 @@ _RANDOM = re.compile(
     "|TruncatedNormal|NonDeterministicInts|StatefulUniform"
     "|StatefulStandardNormal|RngReadAndSkip"
 )
+# Of those, ops that have a seed among their inputs all the same.
+_SEEDED = ("Stateless", "Dataset", "RandomIndexShuffle")
+# Ops that change, or read, a state which is no variable.
+_STATE = re.compile(
+    "LookupTable(Insert|Remove|Import)|Queue(Enqueue|Dequeue)|Stack(Push|Pop)"
+    "|IteratorGetNext|Barrier|^(Uns|S)tage|^Timestamp$"
+)
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
 _ASSIGNS = re.compile("Assign|Resource(Apply|Scatter|Sparse)")
 _GENERATOR = "Rng"  # what assigns the state of a tf.random.Generator
@@ -37,6 +44,7 @@ class Effects:
         random_called: of them, those that may be in a function of its own
             which it calls (not a branch or a loop).
         python: the types of its ops that call Python.
+        state: the types of its ops with a state that is no variable.
     """
 
     read: tuple[tf.Tensor, ...]
@@ -44,6 +52,7 @@ class Effects:
     random: frozenset[str]
     random_called: frozenset[str]
     python: frozenset[str]
+    state: frozenset[str]
 
     @classmethod
     def of(cls, function: Any) -> Effects:
@@ -82,16 +91,14 @@ class Effects:
             frozenset(filter(is_random, types | called)),
             frozenset(filter(is_random, called if calls else ())),
             _PYTHON & (types | called),
+            frozenset(filter(_STATE.search, types | called)),
         )
 
 
 def is_random(op_type: str) -> bool:
     """Whether an op draws numbers that no seed among its inputs decides."""
-    return bool(
-        _RANDOM.search(op_type)
-        and "Stateless" not in op_type
-        and "Dataset" not in op_type
-    )
+    seeded = any(name in op_type for name in _SEEDED)
+    return bool(_RANDOM.search(op_type)) and not seeded
 
 
 def _calls(op: Any) -> bool:
@@ -107,6 +114,7 @@ class EagerEffects:
         set: handles of variables that were assigned.
         given: handles of what was given to functions, which may assign it.
         random: as that of `Effects`, but for those whose state is a variable.
+        state: as that of `Effects`.
         in_stateless_scope: whether a traced function was called in one.
     """
 
@@ -115,6 +123,7 @@ class EagerEffects:
         self.set: list[tf.Tensor] = []
         self.given: list[tf.Tensor] = []
         self.random: set[str] = set()
+        self.state: set[str] = set()
         self.in_stateless_scope = False
 
     @property
@@ -137,6 +146,8 @@ class EagerEffects:
             self.set += handles
         elif is_random(op_type):
             self.random.add(op_type)
+        elif _STATE.search(op_type):
+            self.state.add(op_type)
         else:
             self.read += handles
         if op_type.startswith("__inference"):

@@ -95,6 +95,7 @@ class Isolation:
             yield
         self._save(noted.assigned)
         notices.warn_of_random(noted.random)
+        notices.warn_of_state(noted.state)
         read = set(map(id, noted.read))
         self._check_read([id(handle) not in read for handle in self._handles])
 
@@ -273,6 +274,7 @@ class Isolation:
         if self._seed is not None:
             if not self.holds:
                 self._check_read(self._unread)
+            notices.warn_of_state(effects.state)
             if effects.python and self.replicas > 1:
                 notices.warn_of_python(effects.python, self.replicas)
             if self._inline:

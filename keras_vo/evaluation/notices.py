@@ -13,6 +13,7 @@ __all__ = [
     "TRACED_BEFORE",
     "warn_of_python",
     "warn_of_random",
+    "warn_of_state",
     "warn_once",
 ]
 
@@ -65,4 +66,16 @@ def warn_of_random(ops: Iterable[str]) -> None:
             f"{_EAGERLY if tf.executing_eagerly() else ''}. Draw by "
             "`keras.random` with a `keras.random.SeedGenerator`: then all "
             "members see the same numbers, a function of the search's seed."
+        )
+
+
+def warn_of_state(ops: Iterable[str]) -> None:
+    """Of ops whose state is no variable, once for each type."""
+    for op in sorted(ops):
+        warn_once(
+            f"The op {op} of a layer or loss has a state that is no variable "
+            "(a table, a queue, an iterator, the time). It runs once more for "
+            "each member of the population, and shows each another state, "
+            "which adds to the differences of their losses. Expected: a "
+            "`keras.Variable`, or a value that comes with the data."
         )

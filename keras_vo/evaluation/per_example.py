@@ -74,7 +74,10 @@ class ExampleLoss:
                 "example. Expected: a loss function that returns a tensor "
                 "[batch, ...], as those of keras.losses do. Received: a "
                 f"scalar from the loss {self._loss.name!r}. (For a loss of "
-                "the whole batch use Dense or LowRankDense.)"
+                "the whole batch use Dense or LowRankDense. A value of unknown "
+                "shape, as of tf.numpy_function, counts as a scalar: "
+                "`value.set_shape([None])` says that it has one for each "
+                "example.)"
             )
         if self._inputs is not None:
             checks.check_batch(

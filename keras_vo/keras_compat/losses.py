@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # The name of an op, which TensorFlow's error shows.
-_SCALAR = "a_loss_of_unknown_shape_must_be_a_scalar"
+_SCALAR = "a_loss_of_unknown_shape_must_be_a_scalar_else_call_set_shape"
 
 
 def mask_of(tensor: Any) -> Any:

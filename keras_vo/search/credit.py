@@ -194,7 +194,16 @@ def pool(
 
 
 def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:
-    """`pooled` with utilities for weights of `dtype`.
+    """`pooled` with utilities for weights of `dtype`, see `_narrow`."""
+    return pooled._replace(
+        utilities=_narrow(pooled.utilities, pooled.losses, dtype),
+        known=tf.cast(pooled.known, dtype),
+        examples=tf.cast(pooled.examples, dtype),
+    )
+
+
+def _narrow(wide: tf.Tensor, losses: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Utilities for weights of `dtype`.
 
     Losses may be wider: they are compared in the precision that they come in.
 
@@ -202,9 +211,8 @@ def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:
         InvalidArgumentError: when it runs, if utilities have the scale of
             losses which `dtype` can't hold.
     """
-    wide = pooled.utilities
     if wide.dtype == dtype:
-        return pooled
+        return wide
     utilities = tf.cast(wide, dtype)
     lost = tf.reduce_any(wide != 0) & tf.reduce_all(utilities == 0)
     fits = tf.reduce_all(tf.math.is_finite(utilities)) & ~lost
@@ -214,14 +222,9 @@ def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:
         "'centered_rank', 'nes' or 'standardize', or scale the losses. "
         "Received: losses"
     )
-    checked = tf.debugging.Assert(fits, [message, pooled.losses])
+    checked = tf.debugging.Assert(fits, [message, losses])
     with tf.control_dependencies([] if checked is None else [checked]):
-        utilities = tf.identity(utilities)
-    return pooled._replace(
-        utilities=utilities,
-        known=tf.cast(pooled.known, dtype),
-        examples=tf.cast(pooled.examples, dtype),
-    )
+        return tf.identity(utilities)
 
 
 def is_blurred(losses: tf.Tensor) -> tf.Tensor:
@@ -301,11 +304,20 @@ def shaped_where_known(
     return utilities, members
 
 
-def example_utilities(outcomes: Outcomes, shape: Shaping) -> tf.Tensor:
-    """Utilities [N, batch] of weighted examples, each among its own losses."""
+def example_utilities(
+    outcomes: Outcomes, shape: Shaping, dtype: tf.DType
+) -> tf.Tensor:
+    """Utilities [N, batch] of weighted examples, each among its own losses.
+
+    Args:
+        outcomes: with losses of examples.
+        shape: from losses [N, batch] to utilities, by column.
+        dtype: of the utilities, see `_narrow`.
+    """
     losses = outcomes.losses[EXAMPLE]
     weights = tf.cast(outcomes.example_weights, losses.dtype)
-    return weights * shape(tf.math.divide_no_nan(losses, weights))
+    utilities = weights * shape(tf.math.divide_no_nan(losses, weights))
+    return _narrow(utilities, losses, dtype)
 
 
 def reduce_noise(

@@ -159,7 +159,9 @@ class Search:
         if EXAMPLE in kinds.levels:
             # Each example counts the same, by how many members it was seen.
             scale = shard.counts / len(own)
-            examples = credit.example_utilities(outcomes, self.settings.shape)
+            examples = credit.example_utilities(
+                outcomes, self.settings.shape, self.state.gaussian.layout.dtype
+            )
             weights[EXAMPLE] = scale * tf.stack(
                 tf.split(examples, signs), axis=1
             )
