@@ -34,7 +34,7 @@ SHOWN = (0, 24, 49, 99)
 
 
 def zero_one_error(y_true, y_pred):
-    wrong = tf.argmax(y_pred, -1) != tf.squeeze(y_true, -1)
+    wrong = tf.argmax(y_pred, -1) != tf.cast(tf.squeeze(y_true, -1), tf.int64)
     return tf.cast(wrong, tf.float32)
 
 
