@@ -225,5 +225,5 @@ class SearchSteps(SearchVariables):
                 f"{[checks.variable_name(v) for v in self._trained()]}. "
                 f"Received: {[checks.variable_name(v) for v in variables]}. "
                 "For another model, or after a change of what is trainable, "
-                "compile with a new VOOptimizer."
+                "compile the model with a new VOOptimizer."
             )
