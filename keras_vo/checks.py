@@ -131,15 +131,17 @@ def checked_objective(objective: Any, method: str) -> Any:
             f"Received: objective={objective!r} of type {type(objective)}"
         )
     try:
-        inspect.signature(objective).bind([])
+        signature = inspect.signature(objective)
+    except (TypeError, ValueError):  # a builtin that does not say what it takes
+        return objective
+    try:
+        signature.bind([])
     except TypeError as error:
         raise TypeError(
             "The objective is given one argument, the list of the weights' "
             "tensors, of a member of the population: `lambda weights: ...`. "
             f"Received: objective={objective!r}, of which Python says: {error}"
         ) from error
-    except ValueError:  # a builtin that does not say what it takes
-        pass
     return objective
 
 
