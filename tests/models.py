@@ -11,6 +11,7 @@ import keras_vo
 from keras_vo.search import noise
 
 FEATURES, CLASSES = 4, 3
+KERAS_3_10 = keras.__version__.startswith("3.10.")  # the oldest, TF 2.18
 
 
 def make_data(n=24, seed=0):

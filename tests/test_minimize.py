@@ -1,5 +1,8 @@
 """`minimize` and its like: what they take, and how their search is saved."""
 
+import inspect
+import operator
+
 import keras
 import models
 import numpy as np
@@ -101,6 +104,26 @@ def test_what_is_no_objective(method):
     for takes in (lambda: tf.reduce_sum(w**2), lambda a, b: a + b):
         with pytest.raises(TypeError, match=r"the list.*`lambda weights: .*"):
             getattr(models.make_optimizer(), method)(takes, [w])
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_an_objective_whose_signature_cannot_be_read(error):
+    class Unreadable:
+        __signature__ = "(weights)"  # no `inspect.Signature`
+
+        def __call__(self, weights):
+            return objective(weights)
+
+    class Builtin:
+        __call__ = operator.itemgetter(0)  # a loss of one weight
+
+    opaque = {TypeError: Unreadable, ValueError: Builtin}[error]()
+    with pytest.raises(error):
+        inspect.signature(opaque)
+    w = tf_variable() if error is TypeError else tf.Variable(3.0)
+    before = w.numpy()
+    models.make_optimizer().minimize(opaque, [w])
+    assert np.all(w.numpy() != before)
 
 
 @pytest.mark.parametrize("method", ["minimize", "step", "build"])

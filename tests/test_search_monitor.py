@@ -558,14 +558,11 @@ def test_all_steps_of_an_execution_are_seen(every, jit_compile):
     want = every_step()
     if every == 3:
         want = {name: values[2::3] for name, values in want.items()}
-    history = columns(history)
-    assert history.keys() == want.keys()
-    # XLA rounds otherwise: two near losses may change their ranks, rarely.
-    for name, values in want.items():
-        close = np.isclose(
-            history[name], values, rtol=1e-3, atol=1e-4, equal_nan=True
-        )
-        assert np.mean(close) > (0.9 if jit_compile else 0.999), name
+    if jit_compile and models.KERAS_3_10:
+        # The XLA of TensorFlow 2.18 rounds so that two ranks change, later.
+        assert len(history["kl"]) == 140
+        history, want = first(120, history), first(120, want)
+    assert_same_columns(history, want, rtol=1e-3, atol=1e-4)
 
 
 def test_run_eagerly():
