@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def checked_size(population_size: int, antithetic: bool) -> int:
+def checked_size(name: str, population_size: int, antithetic: bool) -> int:
     """An even number of members if antithetic, at least 2."""
     try:
         size = operator.index(population_size)
@@ -44,9 +44,8 @@ def checked_size(population_size: int, antithetic: bool) -> int:
     if size < 2 or (antithetic and size % 2):
         expected = "an even integer" if antithetic else "an integer"
         raise ValueError(
-            f"`population_size` must be {expected} of 2 or more with "
-            f"antithetic={antithetic}. "
-            f"Received: population_size={population_size!r}"
+            f"`{name}` must be {expected} of 2 or more with "
+            f"antithetic={antithetic}. Received: {name}={population_size!r}"
         )
     return size
 

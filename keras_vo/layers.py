@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import keras
-import tensorflow as tf
 
 from keras_vo.keras_compat import layers_of
-from keras_vo.keras_compat.losses import keeps_mask, mask_of
 from keras_vo.perturbations import registry
-from keras_vo.perturbations.base import DenseCall
+from keras_vo.perturbations.calls import DenseCall, floating_inputs
 from keras_vo.perturbations.scope import current_scope
 
 __all__ = ["LocalReparamDense", "LowRankDense"]
@@ -37,19 +35,13 @@ class PerturbedDense(keras.layers.Dense):
         scope = current_scope()
         if scope is None or not scope.searches(self.kernel):
             return super().call(inputs, training=training)
-        # The product of a member's weights and sparse inputs is not vectorized.
-        inputs = densified(inputs)
-        if not tf.as_dtype(inputs.dtype).is_floating:  # as in Dense
-            mask = mask_of(inputs)
-            inputs = keras.ops.cast(inputs, self.compute_dtype)
-            inputs = keeps_mask(inputs, mask)
         outputs = scope.call(
             registry.get(self.perturbation),
             DenseCall(
                 self.name,
                 self.kernel,
                 self.bias,
-                inputs,
+                floating_inputs(self, inputs),
                 self.perturbation_options(),
             ),
         )
@@ -167,14 +159,6 @@ class LowRankDense(PerturbedDense):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rank": self.rank}
-
-
-def densified(inputs: Any) -> tf.Tensor:
-    """A dense tensor of inputs that may be sparse; what is twice adds up."""
-    if not isinstance(inputs, tf.SparseTensor):
-        return tf.convert_to_tensor(inputs)
-    dense = tf.scatter_nd(inputs.indices, inputs.values, inputs.dense_shape)
-    return tf.ensure_shape(dense, inputs.shape)
 
 
 def _checked_rank(rank: int) -> int:

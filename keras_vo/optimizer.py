@@ -23,6 +23,7 @@ from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
 from keras_vo.autograph import converted_as_caller
+from keras_vo.perturbations import registry
 from keras_vo.replicas import cost, strategies
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL
@@ -71,8 +72,8 @@ class VOOptimizer(SearchSteps):
             clipping act as they do on any gradient. A name stands for that
             optimizer with learning rate 0.02 (0.002 for a model that is
             trained already when `fit` begins), otherwise Keras's defaults.
-        population_size: number N of members evaluated a step; even if
-            `antithetic`.
+        population_size: number N of members evaluated a step that have noise
+            on their weights; even if `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:
             "fixed", "isotropic", "layerwise" or "separable".
         natural_gradient: whether to precondition the search gradients with
@@ -87,13 +88,33 @@ class VOOptimizer(SearchSteps):
             finite losses [N] to utilities [N] (higher for a higher loss). It
             is called with losses of its own when the optimizer is built, to
             see whether utilities have the scale of the losses.
-            For `LocalReparamDense` it is applied example by example, to the
-            members that the example's replica evaluates.
+            The losses of single examples (see `LocalReparamDense`) are not
+            shaped: less what they are in the other members, they are divided
+            by one scale for all examples; by none where utilities have the
+            scale of the losses.
         max_kl: bound, in nats, on the KL divergence between the search
             distributions before and after a step. A step beyond it, that of
             the inner optimizer included, is shrunk along its own direction.
             `None`: no bound. Not to be combined with an inner optimizer that
             keeps an EMA.
+        perturbation: how weights are perturbed while a population is evaluated,
+            of all layers that do not say so themselves (as those of
+            `keras_vo.layers` do). The model stays what it is. "full": each
+            weight has noise of its own. "low_rank": that of kernels of two
+            axes and more has rank 1 (the last axis against the others), as in
+            `LowRankDense`. "local_reparam": noise on the activations of Dense,
+            EinsumDense (so in MultiHeadAttention too), Embedding and the scale
+            of normalizations, as in `LocalReparamDense`: each example is
+            judged by its own loss. All other weights, and those of layers
+            that can't be perturbed so (called in a loop or by the loss, with
+            a regularizer or a constraint, of weights that others read too, or
+            with a BatchNormalization behind them), keep noise of their own.
+        examples_population_size: number of members a step, on each replica,
+            that have noise on activations (see `LocalReparamDense`); even if
+            `antithetic`. They have no noise on weights, and none are
+            evaluated where no layer asks for them; nor are those of
+            `population_size` where all weights are searched over by noise on
+            activations.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
             from Python's `random`, as `keras.utils.set_random_seed` sets it.
         chunk_size: members evaluated at once, at least one draw's. `None`:
@@ -137,6 +158,8 @@ class VOOptimizer(SearchSteps):
         antithetic: bool = True,
         fitness_shaping: str | shaping_lib.Shaping = "centered_rank",
         max_kl: float | None = None,
+        perturbation: str = "full",
+        examples_population_size: int = 16,
         seed: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int = 2**29,
@@ -153,7 +176,9 @@ class VOOptimizer(SearchSteps):
         super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
         self._inner_by_name = isinstance(inner_optimizer, str)
-        self.population_size = checks.checked_size(population_size, antithetic)
+        self.population_size = checks.checked_size(
+            "population_size", population_size, antithetic
+        )
         self.search_distribution = distribution_lib.get(search_distribution)
         self.natural_gradient = bool(natural_gradient)
         self.antithetic = bool(antithetic)
@@ -161,6 +186,10 @@ class VOOptimizer(SearchSteps):
         self._shape_fitness = shaping_lib.get(fitness_shaping, self.antithetic)
         self.max_kl = (
             None if max_kl is None else checks.checked_number("max_kl", max_kl)
+        )
+        self.perturbation = registry.chosen(perturbation)
+        self.examples_population_size = checks.checked_size(
+            "examples_population_size", examples_population_size, antithetic
         )
         self.seed = None if seed is None else checks.checked_seed(seed)
         if chunk_size is not None:
@@ -243,6 +272,7 @@ class VOOptimizer(SearchSteps):
             rules.append(MaxKL(self.max_kl, project))
         return Settings(
             self.population_size,
+            self.examples_population_size,
             self.antithetic,
             self._shape_fitness,
             shaping_lib.is_loss_scaled(
@@ -274,6 +304,8 @@ class VOOptimizer(SearchSteps):
                 shaping if isinstance(shaping, str) else serialize(shaping)
             ),
             "max_kl": self.max_kl,
+            "perturbation": self.perturbation,
+            "examples_population_size": self.examples_population_size,
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "memory_budget": self.memory_budget,

@@ -6,6 +6,7 @@ assigns what comes back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from keras_vo.perturbations.together import Perturbations
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.search.chunks import NoiseSource
-from keras_vo.search.credit import MEMBER, Generation, Outcomes
+from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
 from keras_vo.search.engine import Search, mean_scale
 from keras_vo.search.signal_to_noise import Probe
 from keras_vo.search.state import Report, SearchState
@@ -38,9 +39,11 @@ class SearchSteps(SearchVariables):
 
     Attributes:
         exchange: how gradients of replicas come together.
+        perturbation: the kind of noise of what does not say so itself.
     """
 
     exchange: str
+    perturbation: str
 
     def step(
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
@@ -59,6 +62,7 @@ class SearchSteps(SearchVariables):
         objective: Objective,
         variables: list[Any],
         *,
+        by_example: Objective | None = None,
         means: Sequence[tf.Tensor] | None = None,
         recording: Recording | None = None,
         baseline: tf.Tensor | None = None,
@@ -73,9 +77,11 @@ class SearchSteps(SearchVariables):
         are left as they are; only the next generation's noise is another.
 
         Args:
-            objective: from a list of weight tensors to a scalar loss, or to a
-                dict of losses by level of credit: `keras_vo.search.credit`.
+            objective: from a list of weight tensors to a scalar loss.
             variables: those that the search was built with.
+            by_example: from the same to a dict of losses by level of credit
+                (see `keras_vo.search.credit`), for members that are judged
+                example by example; `None`: there are none.
             means: mu, if it is not what the variables are now.
             recording: what the layers of `keras_vo.layers` have recorded;
                 `None`: nothing.
@@ -89,7 +95,7 @@ class SearchSteps(SearchVariables):
         """
         self._build_outside_of_replicas(variables)
         self._check_same(variables)
-        recording = recording or Recording(variables)
+        recording = recording or Recording(variables, self.perturbation)
         search, perturbations = self._search(
             variables, means or variables, recording
         )
@@ -97,21 +103,25 @@ class SearchSteps(SearchVariables):
 
         isolation = isolation or Isolation(variables)
         isolation.after = [] if baseline is None else [baseline]
-        isolation.full = perturbations.full
         isolation.replicas = search.communicator.count
+        of_level = {MEMBER: objective, EXAMPLE: by_example or objective}
 
-        def losses(weights: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+        def losses(
+            level: str, weights: list[tf.Tensor]
+        ) -> dict[str, tf.Tensor]:
             with isolation.objective(weights):
-                return checks.checked_losses(objective(weights), dtype)
+                return checks.checked_losses(of_level[level](weights), dtype)
 
         if baseline is None and search.communicator.count > 1:
             now = [tf.convert_to_tensor(v) for v in means or variables]
-            baseline = losses(now)[MEMBER]
+            baseline = losses(MEMBER, now)[MEMBER]
 
-        def evaluator(source: NoiseSource) -> Outcomes:
-            found = graph.evaluate(
-                perturbations.member(losses), source, isolation, jit_compile
-            )
+        def evaluator(level: str, source: NoiseSource) -> Outcomes:
+            kinds = perturbations.at(level)
+            isolation.full = kinds.full
+            member = kinds.member(functools.partial(losses, level))
+            found = graph.evaluate(member, source, isolation, jit_compile)
+            isolation.after = [*isolation.after, found.losses[MEMBER]]
             isolation.check_eagerly(found.losses[MEMBER])
             return Outcomes(
                 found.losses, example_weights, examples, baseline, found

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,11 @@ from keras_vo.keras_compat import (
     loss_tracker,
 )
 from keras_vo.keras_compat.losses import losses_as_returned
-from keras_vo.layers import densified
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
-from keras_vo.perturbations.scope import Recording, entered
-from keras_vo.perturbations.together import check_batch, levels
+from keras_vo.perturbations.automatic import entered
+from keras_vo.perturbations.calls import densified
+from keras_vo.perturbations.scope import Recording
+from keras_vo.perturbations.together import check_batch, levels, settle
 from keras_vo.population_metrics import PopulationMetrics
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
@@ -93,12 +95,16 @@ class VOTrainStep(StepFunctions):
         # What the mean network's pass is about to change.
         means = [tf.convert_to_tensor(v) for v in self.trainable_variables]
         state = layer_state.snapshot(self)
-        recording = Recording(self.trainable_variables)
+        recording = Recording(
+            self.trainable_variables, optimizer.perturbation, means
+        )
         isolation = self._isolation(optimizer)
         with entered(recording), isolation.of_mean():
             y_pred = self._call_in_training(x)
             recording.end_of_call()
             loss = self._training_loss(x, y, y_pred, sample_weight)
+        settle(recording, isolation.read)
+        isolation.check_read(recording.claimed)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
         examples = tf.shape(inputs[0])[0]
         layer_state.average_moving_statistics(
@@ -114,9 +120,13 @@ class VOTrainStep(StepFunctions):
             )
             loss = tf.reduce_mean(loss)
         loss = checks.checked_scalar(loss)
+        objective = functools.partial(
+            self._member_losses, (x, y, sample_weight), state, by_example
+        )
         report = optimizer.take_step(
-            self._objective((x, y, sample_weight), state, by_example),
+            functools.partial(objective, MEMBER),
             self.trainable_variables,
+            by_example=functools.partial(objective, EXAMPLE),
             means=means,
             recording=recording,
             baseline=loss,
@@ -160,37 +170,43 @@ class VOTrainStep(StepFunctions):
         )
         return Isolation(self.trainable_variables, seed)
 
-    def _objective(
-        self, data: tuple[Any, Any, Any], state: Any, by_example: bool
-    ) -> Callable[[list[tf.Tensor]], Any]:
-        """From a member's weights to its loss, or losses by level of credit.
+    def _member_losses(
+        self,
+        data: tuple[Any, Any, Any],
+        state: Any,
+        by_example: bool,
+        level: str,
+        weights: list[tf.Tensor],
+    ) -> Any:
+        """A member's loss, or its losses by level of credit.
 
         Args:
             data: x, y and sample_weight.
             state: what the member starts from, see `layer_state.snapshot`.
-            by_example: whether the losses of examples are needed.
+            by_example: whether the losses of examples are asked for at all:
+                then `compute_loss` may return them.
+            level: by what this member is judged.
+            weights: the member's.
         """
         x, y, sample_weight = data
-
-        def objective(weights: list[tf.Tensor]) -> Any:
-            trained = zip(self.trainable_variables, weights, strict=True)
-            # One scope around both calls: regularizers and add_loss are
-            # evaluated at the member's weights, and all updates dropped.
-            with (
-                layer_state.unsynchronized(self),
-                keras.StatelessScope(
-                    [*trained, *state], collect_losses=True
-                ) as scope,
-            ):
-                y_pred = self._call_in_training(x)
-                loss = self._training_loss(x, y, y_pred, sample_weight)
-                if not by_example:
-                    return loss
-                per_example.check_no_added_losses(scope.losses)
-                examples, _ = self._example_losses(x, y, y_pred, sample_weight)
-                return {MEMBER: tf.reduce_mean(loss), EXAMPLE: examples}
-
-        return objective
+        trained = zip(self.trainable_variables, weights, strict=True)
+        # One scope around both calls: regularizers and add_loss are
+        # evaluated at the member's weights, and all updates dropped.
+        with (
+            layer_state.unsynchronized(self),
+            keras.StatelessScope(
+                [*trained, *state], collect_losses=True
+            ) as scope,
+        ):
+            y_pred = self._call_in_training(x)
+            loss = self._training_loss(x, y, y_pred, sample_weight)
+            if by_example:
+                loss = tf.reduce_mean(loss)
+            if level == MEMBER:
+                return loss
+            per_example.check_no_added_losses(scope.losses)
+            examples, _ = self._example_losses(x, y, y_pred, sample_weight)
+            return {MEMBER: loss, EXAMPLE: examples}
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; a `SearchMonitor` leaves when it ends by an error."""

@@ -19,7 +19,7 @@ ROOMS = {
     "keras_compat": set(),
     "tensorflow_compat": set(),
     "fitness_shaping": set(),
-    "search": set(),
+    "search": {"fitness_shaping"},
     "checks": {"search"},
     "constraints": {"search"},
     "precision": {"checks"},

@@ -59,6 +59,7 @@ class Isolation:
         replicas: how many there are.
         full: indices of the variables of whose weights each member is given
             its own tensor, and no kind of perturbation knows better.
+        read: handles of the variables that the mean's pass has read, eagerly.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Isolation:
         self.after: list[tf.Tensor] = []
         self.replicas = 1
         self.full: Sequence[int] = range(len(self._handles))
+        self.read: list[tf.Tensor] = []
         self._inline = False
         self._may_inline = not eager
         self.holds = self._seeds_python = eager and seed is not None
@@ -96,8 +98,22 @@ class Isolation:
         self._save(noted.assigned)
         notices.warn_of_random(noted.random)
         notices.warn_of_state(noted.state)
-        read = set(map(id, noted.read))
-        self._check_read([id(handle) not in read for handle in self._handles])
+        self.read = noted.read
+
+    def check_read(self, claimed: set[int]) -> None:
+        """Whether the mean's loss depends on the variables; eagerly.
+
+        Args:
+            claimed: indices of those that layers have read by a claim.
+        """
+        if tf.executing_eagerly():
+            read = set(map(id, self.read))
+            self._check_read(
+                [
+                    index not in claimed and id(handle) not in read
+                    for index, handle in enumerate(self._handles)
+                ]
+            )
 
     def adapt(self, effects: Effects) -> bool:
         """Adapts to what a member's graph does.

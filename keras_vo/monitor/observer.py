@@ -12,13 +12,14 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from keras_vo.replicas import strategies
+from keras_vo.search.credit import Pooled
 from keras_vo.search.engine import Search
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import stddev_of, step_kl
@@ -63,8 +64,8 @@ class ObservedStep(NamedTuple):
         new_log_variance: beta [groups] after it.
         direction: that of the mean is as the inner optimizer gets it.
         signs: members of a direction.
-        losses: of the members [N]; NaN where missing, inf where not finite.
-        utilities: of the members [N].
+        pooled: what was found of the members, by level.
+        variables: indices of those that they perturb, alike.
     """
 
     layout: WeightLayout
@@ -75,8 +76,15 @@ class ObservedStep(NamedTuple):
     new_log_variance: tf.Tensor
     direction: Direction
     signs: int
-    losses: tf.Tensor
-    utilities: tf.Tensor
+    pooled: Mapping[str, Pooled]
+    variables: Mapping[str, Sequence[int]]
+
+    @property
+    def losses(self) -> tf.Tensor:
+        """Those of the members of all levels, [N]; NaN where missing, inf
+        where not finite.
+        """
+        return tf.concat([p.losses for p in self.pooled.values()], axis=0)
 
     @property
     def evaluated(self) -> tf.Tensor:
@@ -108,8 +116,11 @@ def observed(
         ),
         report.direction,
         2 if search.settings.antithetic else 1,
-        report.losses,
-        report.utilities,
+        report.pooled,
+        {
+            level: search.perturbations.at(level).variables
+            for level in report.pooled
+        },
     )
 
 
@@ -239,12 +250,8 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
     )
     # A product of two vectors by tensordot takes 20 times as long on a CPU.
     cosine = tf.reduce_sum(gradient * previous) / tf.reduce_prod(norms)
-    snr = signal_to_noise(
-        tf.square(norms[0]),
-        step.direction.squares,
-        tf.cast(evaluated, dtype) / step.signs,
-    )
-    spread = _spread(step.utilities, step.evaluated)
+    snr = _signal_to_noise(step)
+    spread = _spread(next(iter(step.pooled.values())))
     # Without a finite loss there is no gradient, and no step.
     norm, cosine, snr, spread = tf.unstack(
         tf.where(
@@ -276,9 +283,26 @@ def _count(where: tf.Tensor) -> tf.Tensor:
     return tf.math.count_nonzero(where, dtype=tf.float64)
 
 
-def _spread(utilities: tf.Tensor, evaluated: tf.Tensor) -> tf.Tensor:
-    """Standard deviation over the members that were evaluated."""
-    weights = tf.cast(evaluated, utilities.dtype)
+def _signal_to_noise(step: ObservedStep) -> tf.Tensor:
+    """Of the gradient of the mean; each level has directions of its own."""
+    parts = step.layout.split(step.direction.mean)
+    of_level = step.direction.squares or {}
+    norms, squares, directions = [], [], []
+    for level, pooled in step.pooled.items():
+        norm = tf.add_n(
+            [tf.nn.l2_loss(parts[i]) for i in step.variables[level]]
+        )
+        evaluated = _count(~tf.math.is_nan(pooled.losses))
+        norms.append(2.0 * norm)
+        squares.append(of_level[level])
+        directions.append(tf.cast(evaluated, step.layout.dtype) / step.signs)
+    return signal_to_noise(norms, squares, directions)
+
+
+def _spread(pooled: Pooled) -> tf.Tensor:
+    """Standard deviation of utilities over the members that were evaluated."""
+    utilities = pooled.utilities
+    weights = tf.cast(~tf.math.is_nan(pooled.losses), utilities.dtype)
     count = tf.reduce_sum(weights)
     mean = tf.reduce_sum(weights * utilities) / count
     squares = weights * tf.square(utilities - mean)

@@ -19,13 +19,12 @@ In each training step,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import keras
 import tensorflow as tf
 
+from keras_vo.perturbations.calls import LayerCall
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import MEMBER, Rows
 from keras_vo.search.gaussian import Gaussian
@@ -35,41 +34,10 @@ if TYPE_CHECKING:
     from keras_vo.perturbations.scope import Evaluation, Recording
 
 __all__ = [
-    "DenseCall",
     "Perturbation",
     "Space",
     "VariableGradient",
-    "shared_product",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseCall:
-    """A call of a dense layer, without its activation.
-
-    Attributes:
-        name: the layer's, for messages.
-        kernel: its kernel, a variable [in, units].
-        bias: its bias, a variable [units], or `None`.
-        inputs: [batch, ..., in].
-        options: what the layer says to its kind of perturbation.
-    """
-
-    name: str
-    kernel: Any
-    bias: Any
-    inputs: tf.Tensor
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def plain(self) -> tf.Tensor:
-        """Inputs times kernel plus bias, as the variables are now."""
-        return self.biased(shared_product(self.inputs, self.kernel))
-
-    def biased(self, outputs: tf.Tensor) -> tf.Tensor:
-        """`outputs` plus the bias."""
-        if self.bias is None:
-            return outputs
-        return keras.ops.add(outputs, self.bias)
 
 
 class Space(NamedTuple):
@@ -119,6 +87,8 @@ class Perturbation:
     Attributes:
         name: of the kind.
         level: of the credit that its noise is weighted with.
+        automatic: which calls of Keras layers it perturbs where it is the
+            optimizer's choice for all layers.
         variables: indices of those that it perturbs.
         noise_size: number of standard normals of a direction that perturb
             weights.
@@ -127,6 +97,7 @@ class Perturbation:
 
     name: ClassVar[str]
     level: ClassVar[str] = MEMBER
+    automatic: ClassVar[tuple[type[LayerCall], ...]] = ()
     variables: Sequence[int]
     noise_size: int = 0
     activations: tuple[tf.Tensor, ...] = ()
@@ -141,13 +112,33 @@ class Perturbation:
         raise NotImplementedError
 
     @classmethod
-    def record(cls, call: DenseCall, recording: Recording) -> tf.Tensor:
+    def record(cls, call: LayerCall, recording: Recording) -> Any:
         """The layer's outputs in the mean network; claims what is perturbed.
 
-        By default the kernel, once.
+        By default the kernel, once. `None`: it is left as it is, which only
+        calls that are `automatic` can be.
         """
         recording.claim(cls.name, call.kernel, call)
         return call.plain()
+
+    @classmethod
+    def adopt(cls, variables: Sequence[Any]) -> list[Any]:
+        """Where it is the optimizer's choice for all layers, claims of
+        variables that nothing has claimed.
+        """
+        return []
+
+    @classmethod
+    def settled(
+        cls, claims: Sequence[Any], left: Mapping[int, str]
+    ) -> list[Any]:
+        """The claims that are kept after the mean network's pass.
+
+        Args:
+            claims: in the order in which they were made.
+            left: see `Recording.left`.
+        """
+        return list(claims)
 
     @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
@@ -178,12 +169,11 @@ class Perturbation:
         """
         return {}, None
 
-    def call(
-        self, call: DenseCall, state: Any, evaluation: Evaluation
-    ) -> tf.Tensor:
+    def call(self, call: LayerCall, state: Any, evaluation: Evaluation) -> Any:
         """The layer's outputs in a member's pass.
 
-        By default those of the member's weights.
+        By default those of the member's weights. `None`: they are what they
+        would be without this call, of those that are `automatic`.
 
         Args:
             call: of a layer of this kind.
@@ -225,16 +215,3 @@ class Perturbation:
                 members) examples.
         """
         raise NotImplementedError
-
-
-def shared_product(inputs: tf.Tensor, kernel: Any) -> tf.Tensor:
-    """x W [..., out] for a kernel [in, out] that all members share.
-
-    Vectorized over members, the product of an empty batch of rank 2 would
-    come out as [0, 0].
-    """
-    outputs = keras.ops.matmul(inputs, kernel)
-    if outputs.shape.is_fully_defined():
-        return outputs
-    shape = tf.concat([tf.shape(inputs)[:-1], tf.shape(kernel)[1:]], axis=0)
-    return tf.ensure_shape(tf.reshape(outputs, shape), outputs.shape)

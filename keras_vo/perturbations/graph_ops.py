@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["depends", "is_in_vectorized_loop"]
+__all__ = ["ancestors", "depends", "is_in_vectorized_loop", "uses"]
 
 
 def depends(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:
@@ -42,6 +42,21 @@ def is_in_vectorized_loop(tensor: tf.Tensor) -> bool:
     return not tf.executing_eagerly() and any(
         op.type == "PlaceholderWithDefault" for op in _ancestors(tensor)
     )
+
+
+def ancestors(tensor: tf.Tensor) -> set[int] | None:
+    """Ids of the ops that a tensor is computed by; `None`: eagerly."""
+    if tf.executing_eagerly():
+        return None
+    return {id(op) for op in _ancestors(tensor)}
+
+
+def uses(variable: Any) -> int:
+    """How many ops of the current graph take a variable; eagerly 0."""
+    graph = tf.compat.v1.get_default_graph()
+    if tf.executing_eagerly() or not hasattr(graph, "capture"):
+        return 0
+    return len(graph.capture(variable.handle).consumers())
 
 
 def _ancestors(tensor: tf.Tensor) -> Iterator[Any]:

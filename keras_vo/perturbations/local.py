@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from keras_vo import checks
-from keras_vo.constraints import constraint_of
 from keras_vo.keras_compat.losses import mask_of
-from keras_vo.perturbations import graph_ops
+from keras_vo.perturbations import graph_ops, placement
 from keras_vo.perturbations.base import (
-    DenseCall,
     Perturbation,
     Space,
     VariableGradient,
 )
-from keras_vo.perturbations.scope import current_graph
+from keras_vo.perturbations.calls import (
+    DenseCall,
+    EinsumCall,
+    LayerCall,
+    LookupCall,
+    ScaleCall,
+)
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import EXAMPLE, Rows
 from keras_vo.search.local_reparameterization import (
@@ -41,12 +45,17 @@ class _Claim(NamedTuple):
     """A call of a layer whose activations are perturbed.
 
     Attributes:
-        call: its kernel and bias are searched over; no bias: `None`.
-        outputs: m [batch, ..., units] in the mean network.
+        call: it.
+        bias: its bias, if there is one that is searched over and has a number
+            for each unit; `None`: none is perturbed.
+        plain: what the layer computes in the mean network.
+        outputs: m [batch, ..., units], the same.
         mask: which positions count, [batch, ...]; `None`: all.
     """
 
-    call: DenseCall
+    call: LayerCall
+    bias: Any
+    plain: tf.Tensor
     outputs: tf.Tensor
     mask: Any
 
@@ -59,10 +68,11 @@ class _State(NamedTuple):
 
 
 class LocalReparam(Perturbation):
-    """Noise on the activations of `LocalReparamDense`."""
+    """Noise on the activations of layers that are linear in a kernel."""
 
     name = "local_reparam"
     level = EXAMPLE
+    automatic = (DenseCall, EinsumCall, LookupCall, ScaleCall)
 
     def __init__(self, claims: Sequence[_Claim], space: Space) -> None:
         gaussian = space.gaussian
@@ -71,63 +81,77 @@ class LocalReparam(Perturbation):
         self._shapes = gaussian.layout.shapes
         self._adapts = space.adapts
         self._sites = []
-        for call, _, mask in claims:
-            weights = [
-                space.positions[id(v)]
-                for v in (call.kernel, call.bias)
-                if v is not None
-            ]
+        for call, bias, _, outputs, mask in claims:
+            kernel = space.positions[id(call.kernel)]
+            weights, variances = (
+                [kernel],
+                [call.matrix(gaussian.variances[kernel])],
+            )
+            if bias is not None:
+                weights.append(space.positions[id(bias)])
+                variance = gaussian.variances[weights[1]]
+                flat = tf.reshape(variance, [-1] * bool(variance.shape.rank))
+                variances.append(flat)
             noise = ActivationNoise(
-                call.inputs,
-                self._shapes[weights[0]][-1],
-                [gaussian.variances[i] for i in weights],
+                call.operand,
+                call.arranged,
+                outputs.shape[-1],
+                variances,
                 space.adapts,
                 mask,
             )
             self._sites.append((weights, noise))
         self.variables = sorted({i for ids, _ in self._sites for i in ids})
         self.activations = tuple(claim.outputs for claim in claims)
+        self._kernels = {id(claim.call.kernel) for claim in claims}
         self._dtype = gaussian.layout.dtype
 
     @classmethod
-    def record(cls, call: DenseCall, recording: Recording) -> tf.Tensor:
+    def record(cls, call: LayerCall, recording: Recording) -> Any:
         """Claims the call, unless it is one that can't be perturbed.
 
+        Then it is left as it is if it is automatic.
+
         Raises:
-            ValueError: the call is in a loop, in a function of `tf.function`
-                or in the loss, or a regularizer would read the layer's
-                weights, or a constraint project them.
+            ValueError: it is not, and the call is in a loop, in a function of
+                `tf.function` or in the loss, or a regularizer would read the
+                layer's weights, or a constraint project them.
         """
-        if not recording.in_call:
-            raise ValueError(
-                f"Layer {call.name!r}, a LocalReparamDense, must be called by "
-                "the model's `call`. Expected: Dense or LowRankDense where "
-                "only the loss calls a layer. Received: a call by "
-                "`compute_loss`"
-            )
-        if (
-            current_graph() is not recording.graph
-            or graph_ops.is_in_vectorized_loop(call.inputs)
-        ):
-            raise ValueError(
-                f"Layer {call.name!r}, a LocalReparamDense, is called in a "
-                "loop (a recurrent cell, TimeDistributed, tf.while_loop, "
-                "vectorized_map) or in a function of `tf.function`. Expected: "
-                "a call with all positions at once, as Dense has for inputs "
-                "of rank 3 and higher, in a `call` that is not decorated "
-                "(`fit` compiles it), or noise of another kind, LowRankDense "
-                "or Dense. Received: a call in a graph of its own"
-            )
-        bias = call.bias
+        bias = call.bias_of_units
         bias = bias if bias is not None and recording.searches(bias) else None
-        _check_weights(call.name, [call.kernel, bias])
+        if call.automatic:
+            reason = placement.why_not(call, bias, recording)
+            if reason is not None:
+                recording.leave(call, reason)
+                return None
+        else:
+            placement.check_place(call, recording)
+            placement.check_weights(call.name, [call.kernel, bias])
+        plain = call.plain()
+        outputs = call.flatten(plain)
         mask = mask_of(call.inputs)
-        if mask is not None and mask.shape.rank != call.inputs.shape.rank - 1:
+        if mask is not None and mask.shape.rank != outputs.shape.rank - 1:
             mask = None
-        outputs = call.plain()
-        searched = DenseCall(call.name, call.kernel, bias, call.inputs)
-        recording.claim(cls.name, searched, _Claim(searched, outputs, mask))
-        return outputs
+        claim = _Claim(call, bias, plain, outputs, mask)
+        recording.claim(cls.name, claim, claim)
+        return plain
+
+    @classmethod
+    def settled(
+        cls, claims: Sequence[Any], left: Mapping[int, str]
+    ) -> list[Any]:
+        """All but automatic ones of variables that are left."""
+        kept = []
+        for claim in claims:
+            variables = [
+                v for v in (claim.call.kernel, claim.bias) if v is not None
+            ]
+            reasons = [left[id(v)] for v in variables if id(v) in left]
+            if reasons and claim.call.automatic:
+                placement.announce(claim.call.name, reasons[0])
+            else:
+                kept.append(claim)
+        return kept
 
     @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
@@ -136,13 +160,13 @@ class LocalReparam(Perturbation):
             checks.check_batch(
                 claim.outputs,
                 inputs,
-                f"Layer {claim.call.name!r}, a LocalReparamDense, must be "
-                "called with the examples along the first axis.",
+                f"Layer {claim.call.name!r}, which is locally reparameterized, "
+                "must be called with the examples along the first axis.",
             )
 
     def activation_bytes(self, signs: int) -> Any:
         numbers: Any = 0
-        for call, outputs, _ in self._claims:
+        for call, _, _, outputs, _ in self._claims:
             size = _size(outputs)
             numbers += size + signs * (3 * size + _size(call.inputs))
         return numbers * self._dtype.size
@@ -153,9 +177,11 @@ class LocalReparam(Perturbation):
         return {}, _State([sign * xi for xi in noise.activations], [])
 
     def call(
-        self, call: DenseCall, state: _State, evaluation: Evaluation
-    ) -> tf.Tensor:
+        self, call: LayerCall, state: _State, evaluation: Evaluation
+    ) -> Any:
         """Z = m + sqrt(v) xi; leaves what the score needs."""
+        if call.automatic and id(call.kernel) not in self._kernels:
+            return None
         index = len(state.records)
         if (
             index == len(self._claims)
@@ -166,13 +192,14 @@ class LocalReparam(Perturbation):
         _, site = self._sites[index]
         outputs, variance = self._claims[index].outputs, site.variance
         if graph_ops.depends(call.inputs, evaluation.sources):
-            outputs = call.plain()
-            wide = tf.cast(call.inputs, xi.dtype)
-            variance = site.variance_of(wide)
-            state.records.append((wide, variance))
+            outputs = call.flatten(call.plain())
+            inputs = site.prepared(call.arranged)
+            variance = site.variance_of(inputs)
+            state.records.append((inputs, variance))
         else:  # m and v are the mean network's, the same for every member
             state.records.append(())
-        return outputs + tf.cast(tf.sqrt(variance) * xi, outputs.dtype)
+        noise = tf.cast(tf.sqrt(variance) * xi, outputs.dtype)
+        return call.restore(outputs + noise)
 
     def finish(self, state: _State) -> Any:
         """A and v of each claimed call, in the dtype of the noise.
@@ -188,8 +215,9 @@ class LocalReparam(Perturbation):
 
     def _raise_other_calls(self, received: str) -> None:
         raise ValueError(
-            "A LocalReparamDense must be called as often, and in the same "
-            "order, by a perturbed model as by the mean network. Expected: "
+            "Layers that are locally reparameterized must be called as often, "
+            "and in the same order, by a perturbed model as by the mean "
+            "network. Expected: "
             f"{[claim.call.name for claim in self._claims]}, call by call. "
             f"Received: {received}"
         )
@@ -219,25 +247,28 @@ class LocalReparam(Perturbation):
     def _squares(self, noise: Noise, records: Any, rows: Rows) -> tf.Tensor:
         """Of one column of each variable and direction."""
         columns: dict[int, list[tf.Tensor]] = {}
-        units: dict[int, tf.Tensor] = {}
-        for (weights, site), xi, record in zip(
-            self._sites, noise.activations, records, strict=True
+        units: dict[int, tuple[tf.Tensor, int]] = {}
+        scales: dict[int, tf.Tensor] = {}
+        for claim, (weights, site), xi, record in zip(
+            self._claims, self._sites, noise.activations, records, strict=True
         ):
-            unit = tf.math.floormod(rows.ids, self._shapes[weights[0]][-1])
+            unit = tf.math.floormod(rows.ids, xi.shape[-1])
             parts = site.columns(xi, record, rows.utilities, unit)
             for i, column in zip(weights, parts, strict=True):
+                # Squares are asked for where there is a probe only.
+                scale = self._probe.scales[i]  # type: ignore[union-attr]
+                if scale.shape.rank:
+                    if i == weights[0]:
+                        scale = claim.call.matrix(scale)
+                    scale = tf.reshape(scale, [-1, xi.shape[-1]])
                 columns.setdefault(i, []).append(column)
-                units[i] = unit
+                units[i], scales[i] = (unit, xi.shape[-1]), scale
         terms = []
         for i, parts in columns.items():
-            # Squares are asked for where there is a probe only.
-            scale = self._probe.scales[i]  # type: ignore[union-attr]
-            if scale.shape.rank:
-                # [in, units] or [units] to [chunk, in] or [chunk, 1]
-                by_unit = tf.reshape(scale, [-1, scale.shape[-1]])
-                scale = tf.transpose(tf.gather(by_unit, units[i], axis=1))
-            column = scale * tf.add_n(parts)
-            terms.append(column_squares(column, self._shapes[i][-1]))
+            (unit, count), scale = units[i], scales[i]
+            if scale.shape.rank:  # to [chunk, in] or [chunk, 1]
+                scale = tf.transpose(tf.gather(scale, unit, axis=1))
+            terms.append(column_squares(scale * tf.add_n(parts), count))
         return tf.add_n(terms)
 
     def totals(self) -> dict[str, tf.Tensor]:
@@ -255,35 +286,26 @@ class LocalReparam(Perturbation):
         scale = tf.math.reciprocal_no_nan(count)
         for number, (weights, _) in enumerate(self._sites):
             for i in weights:
-                beta = None
+                values = [sums[f"mean/{number}/{i}"]]
+                values.append(sums[f"fisher/{number}/{i}"])
                 if self._adapts:
-                    beta = scale * sums[f"log_variance/{number}/{i}"]
-                mean = scale * sums[f"mean/{number}/{i}"]
-                fisher = scale * sums[f"fisher/{number}/{i}"]
-                yield VariableGradient(i, mean, beta, fisher)
+                    values.append(sums[f"log_variance/{number}/{i}"])
+                mean, fisher, *beta = (
+                    self._like_variable(number, i, scale * v) for v in values
+                )
+                yield VariableGradient(
+                    i, mean, beta[0] if beta else None, fisher
+                )
 
-
-def _check_weights(layer: str, weights: Sequence[Any]) -> None:
-    """Raises where the weights of members, which have none, would be read."""
-    for weight in weights:
-        if getattr(weight, "regularizer", None) is not None:
-            raise ValueError(
-                f"Layer {layer!r}, a LocalReparamDense, must have no "
-                "regularizer of its weights: its activations are "
-                "perturbed, not its weights, so that no search gradient "
-                "would reach them. Expected: `weight_decay` of the inner "
-                "optimizer instead. Received: "
-                f"{weight.path!r} with {weight.regularizer!r}"
-            )
-        if constraint_of(weight) is not None:
-            raise ValueError(
-                f"Layer {layer!r}, a LocalReparamDense, must have no "
-                "constraint of its weights: its activations are perturbed, "
-                "and no member has weights that could satisfy it. Expected: "
-                "LowRankDense or Dense for this layer, whose members' weights "
-                "are projected. Received: "
-                f"{weight.path!r} with {constraint_of(weight)!r}"
-            )
+    def _like_variable(
+        self, number: int, index: int, values: tf.Tensor
+    ) -> tf.Tensor:
+        """Values of one variable of a call in its shape; a scalar as it is."""
+        if values.shape.rank == 0:
+            return values
+        if index == self._sites[number][0][0]:
+            return self._claims[number].call.unmatrix(values)
+        return tf.reshape(values, self._shapes[index])
 
 
 def _size(tensor: tf.Tensor) -> Any:

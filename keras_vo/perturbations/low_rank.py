@@ -1,144 +1,48 @@
-"""Low-rank noise for a dense kernel.
+"""Low-rank noise on kernels: see `keras_vo.search.low_rank`.
 
-The kernel [in, out] of a member is W + sigma E with
-
-    E = A^T B / sqrt(r),   A [r, in], B [r, out] ~ N(0, 1)            [1]
-
-so that x (W + sigma E) = x W + sigma (x A^T) B / sqrt(r): members share the
-product with W, no perturbed kernel is formed, and r (in + out) numbers are
-drawn instead of in * out. The entries of E have mean 0, variance 1 and no
-correlation.
-
-Search gradient of the mean: the score of a Gaussian with E in the place of z,
-1/N sum u_n E_n / sigma [1]. It is unbiased where f is linear, and tends to
-that of full-rank noise as r grows.
-
-Search gradient of beta = log sigma^2: E is not Gaussian (its entries are
-uncorrelated but dependent), so that the score of a Gaussian would be wrong by
-a factor of about 1 + (in + out) / r. But sigma is a scale of the Gaussian A,
-and as well of the Gaussian B: the columns of
-sigma A have the exact score
-
-    a_j = (|A_j|^2 - r) / 2     for the log variance of input j's row,
-    b_i = (|B_i|^2 - r) / 2     for that of output i's column.
-
-Where the kernel shares one variance, sum_j a_j and sum_i b_i are two unbiased
-estimates of the same derivative; they are averaged with weights out and in,
-which has the least variance. Where each weight has its own, noise of low rank
-shows only what whole rows and columns contribute; the estimate
-
-    a_j / out + b_i / in - (their common total) / (in out)
-
-is the projection of the gradient onto such effects, so that log sigma^2
-changes by a term of the row and a term of the column.
-
-References:
-    [1] Sarkar et al., "Evolution Strategies at the Hyperscale", 2025,
-        arXiv 2511.16652.
+Where a product of the factors is written (Dense, EinsumDense, Embedding), no
+member's kernel is formed for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import keras
 import tensorflow as tf
 
 from keras_vo.constraints import constraint_of
 from keras_vo.perturbations.base import (
-    DenseCall,
     Perturbation,
     Space,
     VariableGradient,
+)
+from keras_vo.perturbations.calls import (
+    DenseCall,
+    EinsumCall,
+    LayerCall,
+    LookupCall,
     shared_product,
 )
 from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import Rows
+from keras_vo.search.low_rank import (
+    kernel_noise,
+    kernel_squares,
+    log_variance_sums,
+    mean_sums,
+    product,
+    scaled,
+)
 
 if TYPE_CHECKING:
-    from keras_vo.perturbations.scope import Evaluation
+    from keras_vo.perturbations.scope import Evaluation, Recording
 
-__all__ = [
-    "LowRank",
-    "kernel_noise",
-    "kernel_squares",
-    "log_variance_sums",
-    "mean_sums",
-    "product",
-]
-
-
-def kernel_noise(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """E [in, out] from A [r, in] and B [r, out]."""
-    return tf.linalg.matmul(_scaled(left), right, transpose_a=True)
-
-
-def product(
-    inputs: tf.Tensor, stddev: tf.Tensor, left: tf.Tensor, right: tf.Tensor
-) -> tf.Tensor:
-    """x (sigma E), without E.
-
-    Args:
-        inputs: x [..., in].
-        stddev: sigma, a scalar or [in, out].
-        left: A [r, in].
-        right: B [r, out].
-
-    Returns:
-        [..., out].
-    """
-    left = _scaled(left)
-    if stddev.shape.rank == 0:
-        inner = tf.linalg.matmul(inputs, stddev * left, transpose_b=True)
-        return tf.linalg.matmul(inner, right)
-    # x (S * a^T b) = ((x * a) S) * b, for each row a of A and b of B.
-    pairs = zip(tf.unstack(left), tf.unstack(right), strict=True)
-    return tf.add_n(
-        [tf.linalg.matmul(inputs * a, stddev) * b for a, b in pairs]
-    )
-
-
-def mean_sums(
-    left: tf.Tensor, right: tf.Tensor, weights: tf.Tensor
-) -> tf.Tensor:
-    """sum_n u_n E_n [in, out]: A [n, r, in], B [n, r, out] and u [n]."""
-    weighted = _scaled(left) * tf.reshape(weights, [-1, 1, 1])
-    return tf.linalg.matmul(
-        tf.reshape(weighted, [-1, left.shape[-1]]),
-        tf.reshape(right, [-1, right.shape[-1]]),
-        transpose_a=True,
-    )
-
-
-def log_variance_sums(
-    left: tf.Tensor, right: tf.Tensor, weights: tf.Tensor, shared: bool
-) -> tf.Tensor:
-    """Twice the sums for dU/dbeta: A [n, r, in], B [n, r, out] and u [n].
-
-    Args:
-        left: A.
-        right: B.
-        weights: u.
-        shared: whether the kernel has a single variance.
-
-    Returns:
-        A scalar if `shared`, else [in, out].
-    """
-    inputs, outputs = left.shape[-1], right.shape[-1]
-    rows = _excess(left, weights)
-    columns = _excess(right, weights)
-    total = (
-        outputs * tf.reduce_sum(rows) + inputs * tf.reduce_sum(columns)
-    ) / (inputs + outputs)
-    if shared:
-        return total
-    return (
-        rows[:, None] / outputs
-        + columns[None, :] / inputs
-        - total / (inputs * outputs)
-    )
+__all__ = ["LowRank"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +50,12 @@ class _Kernel:
     """A kernel that is perturbed by noise of low rank.
 
     Attributes:
-        variable: it, [in, out].
+        variable: it, [..., out].
         index: of the variable.
         rank: r.
-        mean: W.
+        mean: W, [in, out].
         stddev: sigma, a scalar or [in, out].
+        formed: whether a member's W + sigma E is formed for each call.
         factor: what the score becomes the optimizer's gradient with, if that
             is measured.
     """
@@ -160,6 +65,7 @@ class _Kernel:
     rank: int
     mean: tf.Tensor
     stddev: tf.Tensor
+    formed: bool
     factor: tf.Tensor | None
 
     @property
@@ -197,39 +103,59 @@ class _Kernel:
 
 
 class LowRank(Perturbation):
-    """Noise of low rank on the kernels of `LowRankDense`."""
+    """Noise of low rank on kernels of two axes and more."""
 
     name = "low_rank"
+    automatic = (DenseCall, EinsumCall, LookupCall)
 
-    def __init__(self, claims: Sequence[DenseCall], space: Space) -> None:
+    def __init__(self, claims: Sequence[LayerCall], space: Space) -> None:
         gaussian = space.gaussian
         self._adapts = space.adapts
         self._kernels = []
         for call in claims:
             index = space.positions[id(call.kernel)]
-            stddev = gaussian.tensor_stddevs[index]
+            stddev = _matrix(gaussian.tensor_stddevs[index])
             factor = None
             if space.probe is not None:
-                factor = space.probe.scales[index] / stddev
+                factor = _matrix(space.probe.scales[index]) / stddev
             self._kernels.append(
                 _Kernel(
                     call.kernel,
                     index,
-                    call.options["rank"],
-                    gaussian.means[index],
+                    call.options.get("rank", 1),
+                    _matrix(gaussian.means[index]),
                     stddev,
+                    not _is_factored(call, stddev),
                     factor,
                 )
             )
         self.variables = [kernel.index for kernel in self._kernels]
         self.noise_size = sum(kernel.size for kernel in self._kernels)
 
+    @classmethod
+    def record(cls, call: LayerCall, recording: Recording) -> Any:
+        """Claims the kernel; an automatic call is left to the layer."""
+        recording.claim(cls.name, call.kernel, call)
+        return None if call.automatic else call.plain()
+
+    @classmethod
+    def adopt(cls, variables: Sequence[Any]) -> list[Any]:
+        """All kernels: where no layer has called, they are formed."""
+        return [
+            LayerCall(v.name, v, None, None)
+            for v in variables
+            if len(v.shape) > 1
+        ]
+
     def activation_bytes(self, signs: int) -> int:
-        """The perturbed kernels that regularizers and constraints read."""
+        """The perturbed kernels that are formed, or that regularizers and
+        constraints read.
+        """
         return signs * sum(
             kernel.mean.shape.num_elements() * kernel.stddev.dtype.size
             for kernel in self._kernels
-            if getattr(kernel.variable, "regularizer", None)
+            if kernel.formed
+            or getattr(kernel.variable, "regularizer", None)
             or constraint_of(kernel.variable)
         )
 
@@ -239,30 +165,31 @@ class LowRank(Perturbation):
         weights, products = {}, {}
         for kernel, (left, right) in self._factors(noise.weights):
             right = sign * right
-            factors = (kernel.mean, kernel.stddev, left, right)
-            products[id(kernel.variable)] = factors
-            # Read by a regularizer, a constraint.
+            if not kernel.formed:
+                factors = (kernel.stddev, left, right)
+                products[id(kernel.variable)] = (kernel.mean, *factors)
+            # Read by a regularizer, a constraint, by what has no product.
             change = kernel.stddev * kernel_noise(left, right)
-            mean = kernel.mean
-            weights[kernel.index] = mean + tf.cast(change, mean.dtype)
+            formed = kernel.mean + tf.cast(change, kernel.mean.dtype)
+            weights[kernel.index] = tf.reshape(formed, kernel.variable.shape)
         return weights, products
 
-    def call(
-        self, call: DenseCall, state: Any, evaluation: Evaluation
-    ) -> tf.Tensor:
+    def call(self, call: LayerCall, state: Any, evaluation: Evaluation) -> Any:
         """x (W + sigma E) for the member's noise E.
 
         With a constraint, x P(W + sigma E): the kernel has to be formed.
         """
         formed = constraint_of(call.kernel) is not None
         if formed or id(call.kernel) not in state:  # not called at mu
-            return call.plain()
+            return None if call.automatic else call.plain()
+        dtype = call.inputs.dtype
+        if isinstance(call, LookupCall):
+            dtype = tf.as_dtype(call.dtype)
         mean, stddev, left, right = (
-            tf.cast(t, call.inputs.dtype) for t in state[id(call.kernel)]
+            tf.cast(t, dtype) for t in state[id(call.kernel)]
         )
         return call.biased(
-            shared_product(call.inputs, mean)
-            + product(call.inputs, stddev, left, right)
+            _PRODUCTS[type(call)](call, mean, stddev, left, right)
         )
 
     def sums(
@@ -308,40 +235,74 @@ class LowRank(Perturbation):
         ]
 
 
-def kernel_squares(
-    left: tf.Tensor, right: tf.Tensor, weights: tf.Tensor, factor: tf.Tensor
+def _dense_product(
+    call: LayerCall,
+    mean: tf.Tensor,
+    stddev: tf.Tensor,
+    left: tf.Tensor,
+    right: tf.Tensor,
 ) -> tf.Tensor:
-    """sum_n u_n^2 |f E_n|^2, E_n = A_n^T B_n / sqrt(r).
+    shared = shared_product(call.inputs, mean)
+    return shared + product(call.inputs, stddev, left, right)
 
-    Args:
-        left: A [n, r, in].
-        right: B [n, r, out].
-        weights: u [n].
-        factor: f, a scalar or [in, out]; f^2 is taken for the product of a
-            term of the row and one of the column, as it is where low-rank
-            noise has changed sigma.
-    """
-    rank = left.shape[-2]
-    if factor.shape.rank:
-        squares = tf.square(factor)
-        total = tf.reduce_sum(squares)
-        left *= tf.sqrt(tf.reduce_sum(squares, axis=1) / total)
-        right *= tf.sqrt(tf.reduce_sum(squares, axis=0))
-    else:
-        left *= factor
-    traces = tf.reduce_sum(
-        tf.matmul(left, left, transpose_b=True)
-        * tf.matmul(right, right, transpose_b=True),
-        axis=[1, 2],
+
+def _einsum_product(
+    call: EinsumCall,
+    mean: tf.Tensor,
+    stddev: tf.Tensor,
+    left: tf.Tensor,
+    right: tf.Tensor,
+) -> tf.Tensor:
+    """y = einsum of x with W, plus that of x, A and B: first of x and A."""
+    c, shape = call.contraction, call.kernel.shape
+    shared = keras.ops.einsum(
+        f"{c.inputs},{c.kernel}->{c.outputs}",
+        call.inputs,
+        tf.reshape(mean, shape),
     )
-    return tf.reduce_sum(tf.square(weights) * traces) / rank
+    rank = next(x for x in string.ascii_letters if x not in c.inputs + c.kernel)
+    first, last = c.kernel[:-1], c.kernel[-1]
+    between = "".join(
+        x for x in c.inputs + first if x in c.outputs or x == last
+    )
+    rows = tf.reshape(stddev * scaled(left), [-1, *shape[:-1]])
+    inner = tf.einsum(
+        f"{c.inputs},{rank}{first}->{between}{rank}", call.inputs, rows
+    )
+    noise = tf.einsum(
+        f"{between}{rank},{rank}{last}->{c.outputs}", inner, right
+    )
+    return shared + noise
 
 
-def _excess(factor: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """sum_n u_n (|F_k|^2 - r), for each column k of F [n, r, size]."""
-    squares = tf.reduce_sum(tf.square(factor) - 1.0, axis=1)
-    return tf.linalg.matvec(squares, weights, transpose_a=True)
+def _lookup_product(
+    call: LayerCall,
+    mean: tf.Tensor,
+    stddev: tf.Tensor,
+    left: tf.Tensor,
+    right: tf.Tensor,
+) -> tf.Tensor:
+    """The rows of W, plus those of sigma A^T, times B."""
+    rows = tf.gather(tf.transpose(stddev * scaled(left)), call.inputs)
+    return tf.gather(mean, call.inputs) + tf.linalg.matmul(rows, right)
 
 
-def _scaled(left: tf.Tensor) -> tf.Tensor:
-    return left * left.shape[-2] ** -0.5
+_PRODUCTS: dict[type, Any] = {
+    DenseCall: _dense_product,
+    EinsumCall: _einsum_product,
+    LookupCall: _lookup_product,
+}
+
+
+def _is_factored(call: LayerCall, stddev: tf.Tensor) -> bool:
+    """Whether a product is written that needs no perturbed kernel."""
+    if isinstance(call, DenseCall):
+        return True
+    return type(call) in _PRODUCTS and stddev.shape.rank == 0
+
+
+def _matrix(values: tf.Tensor) -> tf.Tensor:
+    """[..., out] as [in, out]; a scalar as it is."""
+    if values.shape.rank == 0:
+        return values
+    return tf.reshape(values, [-1, values.shape[-1]])

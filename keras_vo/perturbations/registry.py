@@ -9,7 +9,7 @@ from keras_vo.perturbations.full import Full
 from keras_vo.perturbations.local import LocalReparam
 from keras_vo.perturbations.low_rank import LowRank
 
-__all__ = ["get", "names", "register"]
+__all__ = ["chosen", "get", "names", "register"]
 
 Kind = TypeVar("Kind", bound=type[Perturbation])
 
@@ -45,6 +45,21 @@ def get(name: str) -> type[Perturbation]:
             f"Received: {name!r}"
         )
     return _KINDS[name]
+
+
+def chosen(name: str) -> str:
+    """The name of a kind that an optimizer can choose for all layers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    known = [n for n, kind in _KINDS.items() if kind.automatic or n == "full"]
+    if name not in known:
+        raise ValueError(
+            f"`perturbation` must be one of {known}. "
+            f"Received: perturbation={name!r}"
+        )
+    return name
 
 
 def names() -> list[str]:

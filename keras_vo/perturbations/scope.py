@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from keras_vo.perturbations import graph_ops
+
 if TYPE_CHECKING:
-    from keras_vo.perturbations.base import DenseCall, Perturbation
+    from keras_vo.perturbations.base import Perturbation
+    from keras_vo.perturbations.calls import LayerCall
 
 __all__ = [
     "Evaluation",
@@ -63,21 +66,89 @@ class Recording:
     Args:
         variables: the variables that are searched over. A layer whose kernel
             is not among them is plain.
+        perturbation: the kind that the optimizer chooses for all layers.
+        means: the values of the variables; `None`: what they are now.
 
     Attributes:
         variables: those.
+        perturbation: that.
         claims: what is perturbed, by kind.
         graph: in which the model is called; `None`: eagerly.
         in_call: whether the model is being called; else the loss is computed.
+        left: reasons why variables are not perturbed as the optimizer wants,
+            by their id.
+        claimed: indices of the variables that were read by a claim.
     """
 
-    def __init__(self, variables: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        variables: Sequence[Any],
+        perturbation: str = "full",
+        means: Sequence[tf.Tensor] | None = None,
+    ) -> None:
         self.variables = list(variables)
+        self.perturbation = perturbation
         self.claims: dict[str, list[Any]] = {}
         self.graph = current_graph()
         self.in_call = True
+        self.left: dict[int, str] = {}
+        self.claimed: set[int] = set()
         self._searched = {id(v) for v in variables}
         self._claimed: set[tuple[str, int]] = set()
+        self._means = dict(zip(map(id, variables), means or (), strict=False))
+        self._uses = [graph_ops.uses(v) for v in variables]
+
+    def read(self, variable: Any) -> Any:
+        """The value of a variable that a layer asks for by a claim."""
+        self.claimed |= {
+            i for i, v in enumerate(self.variables) if v is variable
+        }
+        return self._means.get(id(variable), variable)
+
+    def leave(self, call: LayerCall, reason: str) -> None:
+        """Notes that a call can't be perturbed as the optimizer wants.
+
+        Args:
+            call: it. None of its variables' other calls is, then.
+            reason: why, as part of a sentence.
+        """
+        for variable in (call.kernel, call.bias):
+            if variable is not None:
+                self.left.setdefault(id(variable), reason)
+
+    def examples_are_mixed(self, inputs: tf.Tensor) -> None:
+        """Leaves the automatic calls that tensor depends on, as what comes of
+        it depends on other examples too.
+        """
+        behind = graph_ops.ancestors(inputs)
+        for claims in self.claims.values():
+            for claim in claims:
+                output = getattr(claim, "plain", None)
+                if (
+                    output is not None
+                    and claim.call.automatic
+                    and (behind is None or id(output.op) in behind)
+                ):
+                    self.leave(claim.call, "a BatchNormalization is behind it")
+
+    def settle(self, kinds: Sequence[type[Perturbation]], read: Any) -> None:
+        """Drops the automatic claims that can't be kept, after the pass.
+
+        Args:
+            kinds: of what is claimed.
+            read: handles of variables that were read eagerly.
+        """
+        eagerly = set(map(id, read))
+        for variable, before in zip(self.variables, self._uses, strict=True):
+            if (
+                graph_ops.uses(variable) > before
+                or id(variable.handle) in eagerly
+            ):
+                self.left.setdefault(id(variable), "others read its weights")
+        for kind in kinds:
+            kept = kind.settled(self.claims[kind.name], self.left)
+            self.claims[kind.name] = kept
+        self.claims = {k: v for k, v in self.claims.items() if v}
 
     def searches(self, variable: Any) -> bool:
         """Whether `variable` is searched over."""
@@ -89,8 +160,10 @@ class Recording:
             self._claimed.add((kind, id(key)))
             self.claims.setdefault(kind, []).append(claim)
 
-    def call(self, kind: type[Perturbation], call: DenseCall) -> tf.Tensor:
-        """What a layer of that kind computes in the mean network."""
+    def call(self, kind: type[Perturbation], call: LayerCall) -> Any:
+        """What a layer of that kind computes in the mean network; `None`: it
+        is not perturbed by it.
+        """
         return kind.record(call, self)
 
     def end_of_call(self) -> None:
@@ -109,6 +182,7 @@ class Evaluation:
 
     Attributes:
         sources: those.
+        perturbation: the kind that the optimizer chooses for all layers.
     """
 
     def __init__(
@@ -119,6 +193,7 @@ class Evaluation:
         sources: Sequence[tf.Tensor],
     ) -> None:
         self._recording = recording
+        self.perturbation = recording.perturbation
         self._states = {
             p.name: (p, state)
             for p, state in zip(perturbations, states, strict=True)
@@ -129,12 +204,18 @@ class Evaluation:
         """Whether `variable` is searched over."""
         return self._recording.searches(variable)
 
-    def call(self, kind: type[Perturbation], call: DenseCall) -> tf.Tensor:
-        """What a layer of that kind computes in the member."""
-        if kind.name not in self._states:  # no call in the mean network
-            return call.plain()
+    def call(self, kind: type[Perturbation], call: LayerCall) -> Any:
+        """What a layer of that kind computes in the member; `None`: it is not
+        perturbed by it.
+        """
+        if kind.name not in self._states:  # of another level; not called at mu
+            return None if call.automatic else call.plain()
         perturbation, state = self._states[kind.name]
         return perturbation.call(call, state, self)
+
+    def read(self, variable: Any) -> Any:
+        """A variable, whose value is the member's."""
+        return variable
 
     def finish(self) -> tuple[Any, ...]:
         """The records of each perturbation."""

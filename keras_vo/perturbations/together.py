@@ -11,58 +11,68 @@ import tensorflow as tf
 from keras_vo import checks
 from keras_vo.constraints import constraint_of, projected
 from keras_vo.perturbations import registry
+from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
 from keras_vo.perturbations.full import Full
-from keras_vo.perturbations.scope import Evaluation, Recording, entered
+from keras_vo.perturbations.scope import Evaluation, Recording
 from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import Rows
+from keras_vo.search.credit import LEVELS, Rows
 from keras_vo.search.estimators import Direction
+from keras_vo.search.gaussian import Gaussian
 
-__all__ = ["Perturbations", "check_batch", "levels"]
+__all__ = [
+    "Perturbations",
+    "PerturbationsOfLevel",
+    "check_batch",
+    "levels",
+    "settle",
+]
 
 Objective = Callable[[list[tf.Tensor]], Mapping[str, tf.Tensor]]
 
 
-class Perturbations:
-    """How all variables are perturbed in one step.
+class PerturbationsOfLevel:
+    """How the members of one level of credit are perturbed.
 
-    Variables that no layer has claimed have noise of full rank. What several
-    kinds say of single variables is put together here. A member's weights
-    satisfy the constraints of their variables.
+    All other variables have their mean.
 
     Args:
+        kinds: of that level.
         recording: what layers have claimed in the mean network's pass.
-        space: what they are bound to.
+        gaussian: the search distribution.
 
     Attributes:
         noise_size: number of normals of a direction that perturb weights.
         activations: tensors of the shapes of a direction's further noise.
-        levels: of the credit that is needed.
-        full: indices of the variables with noise of full rank.
-
-    Raises:
-        ValueError: layers of two kinds share a variable.
+        variables: indices of those that are perturbed.
     """
 
-    def __init__(self, recording: Recording, space: Space) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[Perturbation],
+        recording: Recording,
+        gaussian: Gaussian,
+    ) -> None:
+        self._kinds = kinds
         self._recording = recording
-        self._space = space
-        claims = recording.claims
-        kinds = {
-            name: registry.get(name)(claims[name], space) for name in claims
-        }
-        owners = _owners(kinds, recording.variables)
-        rest = [i for i in range(len(recording.variables)) if i not in owners]
-        kinds[Full.name] = Full(rest, space)
-        self.full = rest
-        self._kinds = [
-            kinds[name] for name in registry.names() if name in kinds
-        ]
-        self.noise_size = sum(kind.noise_size for kind in self._kinds)
+        self._gaussian = gaussian
+        self.noise_size = sum(kind.noise_size for kind in kinds)
         self.activations = tuple(
-            tensor for kind in self._kinds for tensor in kind.activations
+            tensor for kind in kinds for tensor in kind.activations
         )
-        self.levels = frozenset(kind.level for kind in self._kinds)
+        self.variables: Sequence[int] = [
+            i for kind in kinds for i in kind.variables
+        ]
+
+    @property
+    def full(self) -> Sequence[int]:
+        """Indices of the variables with noise of full rank."""
+        return [
+            i
+            for kind in self._kinds
+            if kind.name == Full.name
+            for i in kind.variables
+        ]
 
     def activation_bytes(self, signs: int) -> Any:
         """Bytes of perturbed activations of a direction."""
@@ -84,7 +94,7 @@ class Perturbations:
         """
 
         def evaluate(noise: Noise, sign: float) -> tuple[Any, Any]:
-            weights = dict(enumerate(self._space.gaussian.means))
+            weights = dict(enumerate(self._gaussian.means))
             states = []
             parts = self._split(noise)
             for kind, part in zip(self._kinds, parts, strict=True):
@@ -119,32 +129,89 @@ class Perturbations:
         return values
 
     def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        rows: Mapping[str, Rows],
+        self, noise: Noise, records: Any, rows: Rows
     ) -> dict[str, dict[str, tf.Tensor]]:
         """Sums over a chunk, by kind: see `Perturbation.sums`.
 
         Args:
-            noise: [chunk, ...]; without that of activations where no rows ask
-                for it.
-            records: of each kind; empty, alike.
-            rows: by level; kinds of other levels are left out.
+            noise: [chunk, ...].
+            records: of each kind; empty: there are none.
+            rows: what they are summed with.
         """
         parts = self._split(noise)
         records = records or [()] * len(self._kinds)
         return {
-            kind.name: kind.sums(part, record, rows[kind.level])
+            kind.name: kind.sums(part, record, rows)
             for kind, part, record in zip(
                 self._kinds, parts, records, strict=True
             )
-            if kind.level in rows
         }
 
     def totals(self) -> dict[str, dict[str, tf.Tensor]]:
         """Sums over the examples of this replica, by kind."""
         return {kind.name: kind.totals() for kind in self._kinds}
+
+    def _split(self, noise: Noise) -> list[Noise]:
+        """The noise [..., noise_size] of all, as that of each kind."""
+        sizes = [kind.noise_size for kind in self._kinds]
+        parts = tf.split(noise.weights, sizes, axis=-1)
+        given = iter(noise.activations)
+        return [
+            Noise(part, tuple(itertools.islice(given, len(kind.activations))))
+            for kind, part in zip(self._kinds, parts, strict=True)
+        ]
+
+
+class Perturbations:
+    """How all variables are perturbed in one step.
+
+    Variables that no layer has claimed have noise of the optimizer's kind if it
+    adopts them, else of full rank. What several
+    kinds say of single variables is put together here. A member's weights
+    satisfy the constraints of their variables.
+
+    Args:
+        recording: what layers have claimed in the mean network's pass.
+        space: what they are bound to.
+
+    Attributes:
+        levels: of the credit that is needed, in the order of evaluation.
+
+    Raises:
+        ValueError: layers of two kinds share a variable.
+    """
+
+    def __init__(self, recording: Recording, space: Space) -> None:
+        self._space = space
+        claims, variables = recording.claims, recording.variables
+        kinds = {
+            name: registry.get(name)(claims[name], space) for name in claims
+        }
+        rest = _rest(kinds, variables)
+        chosen = registry.get(recording.perturbation)
+        if adopted := chosen.adopt([variables[i] for i in rest]):
+            all_claims = [*claims.get(chosen.name, ()), *adopted]
+            kinds[chosen.name] = chosen(all_claims, space)
+            rest = _rest(kinds, variables)
+        if rest or not kinds:
+            kinds[Full.name] = Full(rest, space)
+        self._kinds = [
+            kinds[name] for name in registry.names() if name in kinds
+        ]
+        used = {kind.level for kind in self._kinds}
+        self.levels = tuple(level for level in LEVELS if level in used)
+        self._by_level = {
+            level: PerturbationsOfLevel(
+                [kind for kind in self._kinds if kind.level == level],
+                recording,
+                space.gaussian,
+            )
+            for level in self.levels
+        }
+
+    def at(self, level: str) -> PerturbationsOfLevel:
+        """Those of one of `levels`."""
+        return self._by_level[level]
 
     def direction(
         self,
@@ -158,18 +225,19 @@ class Perturbations:
             counts: by level, over how many members or examples.
         """
         gradients: list[VariableGradient] = []
-        squares = []
+        squares = dict.fromkeys(
+            self.levels, tf.zeros([], self._space.gaussian.layout.dtype)
+        )
         for kind in self._kinds:
             count = counts[kind.level]
             gradients += kind.gradient(sums[kind.name], count)
             if "squares" in sums[kind.name]:
                 scale = tf.square(tf.math.reciprocal_no_nan(count))
-                squares.append(scale * sums[kind.name]["squares"])
+                squares[kind.level] += scale * sums[kind.name]["squares"]
         direction = self._collected(gradients)
         if self._space.probe is None:
             return direction
-        nothing = tf.zeros([], direction.mean.dtype)
-        return direction._replace(squares=tf.add_n([nothing, *squares]))
+        return direction._replace(squares=squares)
 
     def _collected(self, gradients: Sequence[VariableGradient]) -> Direction:
         """Sums the gradients by variable, then by group."""
@@ -192,15 +260,10 @@ class Perturbations:
             beta_gradient = layout.by_group([tf.add_n(b) for b in betas])
         return Direction(mean_gradient, beta_gradient, fisher)
 
-    def _split(self, noise: Noise) -> list[Noise]:
-        """The noise [..., noise_size] of all, as that of each kind."""
-        sizes = [kind.noise_size for kind in self._kinds]
-        parts = tf.split(noise.weights, sizes, axis=-1)
-        given = iter(noise.activations)
-        return [
-            Noise(part, tuple(itertools.islice(given, len(kind.activations))))
-            for kind, part in zip(self._kinds, parts, strict=True)
-        ]
+
+def settle(recording: Recording, read: Sequence[tf.Tensor]) -> None:
+    """Ends the mean network's pass: `Recording.settle`."""
+    recording.settle([registry.get(name) for name in recording.claims], read)
 
 
 def levels(recording: Recording) -> frozenset[str]:
@@ -214,10 +277,10 @@ def check_batch(recording: Recording, inputs: tf.Tensor) -> None:
         registry.get(name).check_batch(claims, inputs)
 
 
-def _owners(
+def _rest(
     kinds: Mapping[str, Perturbation], variables: Sequence[Any]
-) -> dict[int, str]:
-    """The kind of noise of each claimed variable."""
+) -> list[int]:
+    """Indices of the variables that no kind perturbs; others are of one."""
     owners: dict[int, str] = {}
     for name, kind in kinds.items():
         for i in kind.variables:
@@ -227,4 +290,4 @@ def _owners(
                     f"{checks.variable_name(variables[i])!r}, which layers of "
                     f"the kinds {owners[i]!r} and {name!r} share"
                 )
-    return owners
+    return [i for i in range(len(variables)) if i not in owners]

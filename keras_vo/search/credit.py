@@ -26,6 +26,7 @@ from keras_vo.search.members import Shard
 
 __all__ = [
     "EXAMPLE",
+    "LEVELS",
     "MEMBER",
     "Evaluated",
     "Generation",
@@ -33,14 +34,16 @@ __all__ = [
     "Pooled",
     "Rows",
     "Shaping",
-    "example_utilities",
     "is_blurred",
+    "narrow",
     "narrowed",
     "pool",
+    "reduce_noise",
     "shaped_where_known",
 ]
 
-MEMBER, EXAMPLE = "member", "example"
+# In the order in which their members are evaluated.
+LEVELS = MEMBER, EXAMPLE = "member", "example"
 
 Shaping = Callable[[tf.Tensor], tf.Tensor]
 
@@ -69,8 +72,7 @@ class Outcomes(NamedTuple):
         losses: by level: "member" [N], and "example" [N, batch] where there
             is noise of that level. All of the first sign first.
         example_weights: what the losses of examples are weighted with,
-            [batch] or 1. They are shaped without it and their utilities
-            weighted with it: ranks know no weights.
+            [batch] or 1.
         examples: number of examples that this replica has, a scalar; 0: the
             members it has evaluated are missing. `None`: not a matter of
             examples.
@@ -194,15 +196,15 @@ def pool(
 
 
 def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:
-    """`pooled` with utilities for weights of `dtype`, see `_narrow`."""
+    """`pooled` with utilities for weights of `dtype`, see `narrow`."""
     return pooled._replace(
-        utilities=_narrow(pooled.utilities, pooled.losses, dtype),
+        utilities=narrow(pooled.utilities, pooled.losses, dtype),
         known=tf.cast(pooled.known, dtype),
         examples=tf.cast(pooled.examples, dtype),
     )
 
 
-def _narrow(wide: tf.Tensor, losses: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def narrow(wide: tf.Tensor, losses: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Utilities for weights of `dtype`.
 
     Losses may be wider: they are compared in the precision that they come in.
@@ -302,22 +304,6 @@ def shaped_where_known(
         tf.reduce_all(known), utilities, weights * (utilities - mean)
     )
     return utilities, members
-
-
-def example_utilities(
-    outcomes: Outcomes, shape: Shaping, dtype: tf.DType
-) -> tf.Tensor:
-    """Utilities [N, batch] of weighted examples, each among its own losses.
-
-    Args:
-        outcomes: with losses of examples.
-        shape: from losses [N, batch] to utilities, by column.
-        dtype: of the utilities, see `_narrow`.
-    """
-    losses = outcomes.losses[EXAMPLE]
-    weights = tf.cast(outcomes.example_weights, losses.dtype)
-    utilities = weights * shape(tf.math.divide_no_nan(losses, weights))
-    return _narrow(utilities, losses, dtype)
 
 
 def reduce_noise(

@@ -1,4 +1,4 @@
-"""One step of the search: from a table of members to the next distribution.
+"""One step of the search: from tables of members to the next distribution.
 
     seeds -> noise -> perturbed weights -> losses -> credit -> utilities
           -> direction -> proposal -> rules -> mu, sigma
@@ -6,20 +6,25 @@
 `Search` holds no variables and knows no model: tensors go in and come out.
 `ask` says which members to evaluate, `tell` takes what was found of them, and
 `step` does both with an evaluator in between.
+
+Each level of credit has a population of its own. The members of one are
+perturbed by the kinds of noise of that level only, so that no noise blurs the
+credit of another level.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_vo.search import credit, estimators
+from keras_vo.search import credit, estimators, example_credit
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
-from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
+from keras_vo.search.credit import MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.members import Members, Shard
@@ -32,13 +37,26 @@ from keras_vo.search.state import (
     Settings,
 )
 
-__all__ = ["Search", "mean_scale"]
+__all__ = ["Population", "Search", "mean_scale"]
 
 
-# From the noise of this replica's members to their outcomes.
-Evaluator = Callable[[NoiseSource], Outcomes]
+# From a level of credit and the noise of this replica's members to their
+# outcomes.
+Evaluator = Callable[[str, NoiseSource], Outcomes]
 # From dU/dmu, a tensor for each variable, to mu' alike.
 MoveMean = Callable[[list[tf.Tensor]], Sequence[tf.Tensor]]
+
+
+class Population(NamedTuple):
+    """The members of one level, and what was found of them.
+
+    Attributes:
+        members: of all replicas.
+        outcomes: of this replica's.
+    """
+
+    members: Members
+    outcomes: Outcomes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,72 +77,78 @@ class Search:
     communicator: Communicator
     probe: Probe | None = None
 
-    def ask(self) -> Members:
-        """The members to evaluate, those of all replicas."""
+    def ask(self, level: str = MEMBER) -> Members:
+        """The members of a level to evaluate, those of all replicas.
+
+        Replicas share a population whose members are judged as a whole. Each
+        has a full one for the credit of its own examples.
+        """
+        size, replicas = self.settings.population_size, 1
+        if level != MEMBER:
+            size = self.settings.examples_population_size
+            replicas = self.communicator.count
         return Members.of_generation(
             self.state.base_seed,
             self.state.generation,
-            self.settings.population_size,
+            size * replicas,
             self.settings.antithetic,
         )
 
     def step(self, evaluator: Evaluator, move_mean: MoveMean) -> Report:
         """`tell` of what `evaluator` finds of this replica's members."""
-        members = self.ask()
-        own = members.shard(self._shard(members))
-        outcomes = evaluator(self._source(own, activations=True))
-        return self.tell(members, outcomes, move_mean)
+        populations = {}
+        for level in self.perturbations.levels:
+            members = self.ask(level)
+            own = members.shard(self._shard(members))
+            source = self._source(level, own, activations=True)
+            populations[level] = Population(members, evaluator(level, source))
+        return self.tell(populations, move_mean)
 
     def tell(
-        self, members: Members, outcomes: Outcomes, move_mean: MoveMean
+        self, populations: Mapping[str, Population], move_mean: MoveMean
     ) -> Report:
         """What follows from the outcomes.
 
         Args:
-            members: of all replicas.
-            outcomes: of this replica's.
+            populations: by level.
             move_mean: makes the step of the mean, that of the inner optimizer.
         """
-        shard, settings = self._shard(members), self.settings
-        pooled = credit.narrowed(
-            credit.pool(outcomes, settings.shape, shard, self.communicator),
-            self.state.gaussian.layout.dtype,
-        )
-        direction = self._preconditioned(
-            self._direction(members, outcomes, pooled, shard)
-        )
+        pooled = {
+            level: self._pooled(level, population)
+            for level, population in populations.items()
+        }
+        direction = self._preconditioned(self._direction(populations, pooled))
         # Where a batch can't be had (the end of the data), nothing is done.
-        with tf.control_dependencies([pooled.losses]):
+        losses = [p.losses for p in pooled.values()]
+        with tf.control_dependencies(losses):
             proposal, rules = self._proposed(direction, move_mean)
-        return Report(
-            pooled.losses,
-            pooled.utilities,
-            direction,
-            pooled.examples,
-            tf.reduce_any(tf.math.is_finite(pooled.losses)),
-            proposal,
-            rules,
+        finite = tf.concat([tf.math.is_finite(x) for x in losses], axis=0)
+        return Report(pooled, direction, tf.reduce_any(finite), proposal, rules)
+
+    def _pooled(self, level: str, population: Population) -> credit.Pooled:
+        shape = self.settings.shape
+        if level != MEMBER:  # what is stepped down is judged by `_examples`
+            shape = functools.partial(
+                example_credit.on_one_scale,
+                signs=len(population.members.signs),
+                loss_scaled=self.settings.loss_scaled,
+            )
+        shard = self._shard(population.members)
+        return credit.narrowed(
+            credit.pool(population.outcomes, shape, shard, self.communicator),
+            self.state.gaussian.layout.dtype,
         )
 
     def _shard(self, members: Members) -> Shard:
-        directions, replicas = members.directions, self.communicator.count
-        signs = len(members.signs)
-        if (
-            EXAMPLE in self.perturbations.levels
-            and directions // replicas * signs < 2
-        ):
-            raise ValueError(
-                "LocalReparamDense compares the members that see the same "
-                "examples. Expected: a population_size of "
-                f"{2 * replicas} or more, two for each replica. "
-                f"Received: population_size={len(members)} on "
-                f"{replicas} replicas"
-            )
-        return Shard.make(directions, self.communicator.index, replicas)
+        together = self.communicator
+        return Shard.make(members.directions, together.index, together.count)
 
-    def _source(self, members: Members, activations: bool) -> NoiseSource:
+    def _source(
+        self, level: str, members: Members, activations: bool
+    ) -> NoiseSource:
         """The noise of some members: of weights, or of activations too."""
-        kinds, dtype = self.perturbations, self.state.gaussian.layout.dtype
+        kinds = self.perturbations.at(level)
+        dtype = self.state.gaussian.layout.dtype
         signs = len(members.signs)
         plan = ChunkPlan.make(
             members.directions,
@@ -144,77 +168,94 @@ class Search:
 
     def _direction(
         self,
-        members: Members,
-        outcomes: Outcomes,
-        pooled: credit.Pooled,
-        shard: Shard,
+        populations: Mapping[str, Population],
+        pooled: Mapping[str, credit.Pooled],
     ) -> Direction:
         """The gradient of U, from the members of all replicas."""
-        kinds, together = self.perturbations, self.communicator
-        signs, own = len(members.signs), members.shard(shard)
-        by_sign = tf.reshape(pooled.utilities, [signs, -1])
-        everyones = tf.transpose(by_sign)
-        weights = {MEMBER: shard.take(everyones)}
-        counts, totals = {}, {}
-        if EXAMPLE in kinds.levels:
-            # Each example counts the same, by how many members it was seen.
-            scale = shard.counts / len(own)
-            examples = credit.example_utilities(
-                outcomes, self.settings.shape, self.state.gaussian.layout.dtype
-            )
-            weights[EXAMPLE] = scale * tf.stack(
-                tf.split(examples, signs), axis=1
-            )
-            seen = tf.cast(tf.shape(examples)[1], examples.dtype)
-            counts[EXAMPLE] = shard.counts * seen
-            totals = {
-                kind: {k: shard.counts * v for k, v in values.items()}
-                for kind, values in kinds.totals().items()
-            }
-        sums = {}
-        if together.count > 1 and together.reconstructs(
-            members.directions, kinds.noise_size, self._gradient_size
-        ):
-            sums = self._sums(members, {MEMBER: everyones}, None)
-            del weights[MEMBER]
-        if weights:
-            summed = self._sums(own, weights, outcomes.evaluated)
-            flat = together.sum(tf.nest.flatten([summed, totals, counts]))
-            summed, totals, counts = tf.nest.pack_sequence_as(
-                [summed, totals, counts], flat
-            )
+        together = self.communicator
+        sums: dict[str, dict[str, tf.Tensor]] = {}
+        counts, own = {}, _OfReplica({}, {}, {})
+        for level, population in populations.items():
+            kinds, members = self.perturbations.at(level), population.members
+            if level == MEMBER:
+                counts[level] = pooled[level].known
+                by_sign = tf.reshape(
+                    pooled[level].utilities, [len(members.signs), -1]
+                )
+                utilities = tf.transpose(by_sign)
+                if together.count > 1 and together.reconstructs(
+                    members.directions, kinds.noise_size, self._gradient_size
+                ):
+                    sums |= self._sums(level, members, utilities, None)
+                    continue
+                utilities = self._shard(members).take(utilities)
+            else:
+                utilities = self._examples(level, population, own)
+            shard = members.shard(self._shard(members))
+            evaluated = population.outcomes.evaluated
+            own.sums.update(self._sums(level, shard, utilities, evaluated))
+        if own.sums:
+            flat = together.sum(tf.nest.flatten(tuple(own)))
+            summed, totals, seen = tf.nest.pack_sequence_as(tuple(own), flat)
             sums |= summed
-        merged = {
-            kind: {**v, **totals.get(kind, {})} for kind, v in sums.items()
-        }
-        return kinds.direction(merged, {MEMBER: pooled.known, **counts})
+            counts |= seen
+            for kind, values in totals.items():
+                sums[kind] = {**sums[kind], **values}
+        return self.perturbations.direction(sums, counts)
+
+    def _examples(
+        self, level: str, population: Population, own: _OfReplica
+    ) -> tf.Tensor:
+        """Utilities of this replica's examples, [directions, signs, batch].
+
+        Notes in `own` how many there are, and the sums over them alone. Each
+        example counts the same, by how many members it was seen.
+        """
+        members = population.members
+        shard, signs = self._shard(members), len(members.signs)
+        utilities = example_credit.example_utilities(
+            population.outcomes,
+            signs,
+            self.settings.loss_scaled,
+            shard.counts,
+            self.communicator,
+            self.state.gaussian.layout.dtype,
+        )
+        counts = tf.cast(shard.counts, utilities.dtype)
+        seen = tf.cast(tf.shape(utilities)[1], utilities.dtype)
+        own.counts[level] = counts * seen
+        own.totals.update(
+            tf.nest.map_structure(
+                lambda total: counts * total,
+                self.perturbations.at(level).totals(),
+            )
+        )
+        share = counts / (shard.size * signs)
+        return share * tf.stack(tf.split(utilities, signs), axis=1)
 
     def _sums(
         self,
+        level: str,
         members: Members,
-        utilities: Mapping[str, tf.Tensor],
+        utilities: tf.Tensor,
         evaluated: credit.Evaluated | None,
     ) -> dict[str, dict[str, tf.Tensor]]:
         """Sums over these members of their noise times their utilities.
 
         Without an evaluation, the noise of weights is drawn again.
         """
+        kinds = self.perturbations.at(level)
         share = tf.constant(1 / len(members), self.state.gaussian.layout.dtype)
-        weights = [*utilities.values(), tf.fill([members.directions], share)]
+        weights = [utilities, tf.fill([members.directions], share)]
         if self.probe is not None:
-            population = self.settings.population_size // len(members.signs)
-            weights.append(self.probe.ids(members, population))
+            directions = self.ask(level).directions
+            weights.append(self.probe.ids(members, directions))
 
         def chunk(noise: Noise, records: Any, cut: list[tf.Tensor]) -> Any:
-            rest = cut[len(utilities) :]
-            rows = {
-                level: Rows(values, *rest)
-                for level, values in zip(utilities, cut, strict=False)
-            }
-            return self.perturbations.sums(noise, records, rows)
+            return kinds.sums(noise, records, Rows(*cut))
 
         if evaluated is None:
-            source = self._source(members, activations=False)
+            source = self._source(level, members, activations=False)
             return credit.reduce_noise(source, chunk, weights)
         return evaluated.reduce(chunk, weights)
 
@@ -252,6 +293,20 @@ class Search:
         for rule in rules:
             settled |= rule.settle(step, proposal, state.rules)
         return proposal, settled
+
+
+class _OfReplica(NamedTuple):
+    """What replicas add up, to be filled.
+
+    Attributes:
+        sums: by kind, over members.
+        totals: by kind, over examples.
+        counts: by level, of examples.
+    """
+
+    sums: dict[str, dict[str, tf.Tensor]]
+    totals: dict[str, dict[str, tf.Tensor]]
+    counts: dict[str, tf.Tensor]
 
 
 def mean_scale(settings: Settings, state: SearchState) -> tf.Tensor:

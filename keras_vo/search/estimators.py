@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -44,15 +45,15 @@ class Direction(NamedTuple):
         mean: dU/dmu [d].
         log_variance: dU/dbeta [groups]; 0 if sigma is fixed.
         fisher: Fisher information of beta, alike.
-        squares: sum of the squared norms of the terms that single noise
-            vectors contribute to `mean`, as the inner optimizer gets it;
-            `None` if it is not measured.
+        squares: by level of credit, the sum of the squared norms of the terms
+            that single noise vectors contribute to `mean`, as the inner
+            optimizer gets it; `None` if it is not measured.
     """
 
     mean: tf.Tensor
     log_variance: tf.Tensor
     fisher: tf.Tensor
-    squares: tf.Tensor | None = None
+    squares: Mapping[str, tf.Tensor] | None = None
 
 
 def pair_utilities(utilities: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

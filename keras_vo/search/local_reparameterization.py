@@ -21,7 +21,9 @@ beta = log sigma^2. Neither the loss nor the network is differentiated.
 Inputs of rank 3 and higher have positions between the batch axis and the last
 one; each position has a noise of its own, and the sums run over all of them.
 (Under one W, positions of one example would be correlated: this is another
-distribution with the same marginals.)
+distribution with the same marginals.) Where A is not multiplied with a matrix,
+`keras_vo.search.operands` says what takes the place of A W, A^2 sigma^2 and the
+sums.
 
 References:
     [1] Havtorn, "Variational Optimization of Neural Networks", 2018 (slides).
@@ -37,37 +39,14 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_vo.search.credit import Rows
+from keras_vo.search import credit
+from keras_vo.search.operands import Operand
 
 __all__ = [
     "ActivationNoise",
-    "activation_variance",
     "column_squares",
-    "log_variance_sums",
-    "mean_sums",
     "scores",
 ]
-
-
-def activation_variance(
-    inputs: tf.Tensor, kernel_variance: tf.Tensor, bias_variance: tf.Tensor
-) -> tf.Tensor:
-    """v = A^2 sigma^2.
-
-    Args:
-        inputs: A [..., in].
-        kernel_variance: sigma^2 of the kernel, [in, out] or a scalar that all
-            its weights share.
-        bias_variance: sigma^2 of the bias, [out] or a scalar; 0 without one.
-
-    Returns:
-        [..., out], or [..., 1] where all units have the same variance.
-    """
-    squares = tf.square(inputs)
-    if kernel_variance.shape.rank == 0:
-        shared = tf.reduce_sum(squares, axis=-1, keepdims=True)
-        return kernel_variance * shared + bias_variance
-    return tf.linalg.matmul(squares, kernel_variance) + bias_variance
 
 
 def scores(
@@ -90,54 +69,15 @@ def scores(
     )
 
 
-def mean_sums(
-    inputs: tf.Tensor, score: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sums for dU/dmu: inputs [M, in] and scores of m [M, units].
-
-    Returns:
-        For the kernel [in, units] and for the bias [units].
-    """
-    kernel = tf.linalg.matmul(inputs, score, transpose_a=True)
-    return kernel, tf.reduce_sum(score, axis=0)
-
-
-def log_variance_sums(
-    inputs: tf.Tensor,
-    score: tf.Tensor,
-    kernel_variance: tf.Tensor,
-    bias_variance: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sums for dU/dbeta: inputs [M, in] and scores of v [M, units].
-
-    Returns:
-        For the kernel, [in, units], or a scalar (the total) where all its
-        weights share one variance; for the bias [units] or a scalar.
-    """
-    squares = tf.square(inputs)
-    if kernel_variance.shape.rank == 0:
-        shared = tf.linalg.matvec(
-            score, tf.reduce_sum(squares, axis=-1), transpose_a=True
-        )
-        kernel = kernel_variance * tf.reduce_sum(shared)
-    else:
-        kernel = kernel_variance * tf.linalg.matmul(
-            squares, score, transpose_a=True
-        )
-    bias = bias_variance * tf.reduce_sum(score, axis=0)
-    if bias_variance.shape.rank == 0:
-        bias = tf.reduce_sum(bias)
-    return kernel, bias
-
-
 class ActivationNoise:
     """The noise of the activations of one call of a layer.
 
     Args:
-        inputs: A [batch, ..., in] in the mean network.
+        operand: how outputs depend on A and the kernel.
+        inputs: A [batch, ...] in the mean network.
         units: number of units.
-        variances: sigma^2 of the kernel, [in, out] or a scalar, and of the
-            bias, [out] or a scalar, if there is one that is searched over.
+        variances: sigma^2 of the kernel, like it or a scalar, and of the
+            bias, [units] or a scalar, if there is one that is searched over.
         adapts: whether sigma is to be changed.
         mask: which positions count, [batch, ...]; `None`: all. The score of
             the others would be noise.
@@ -149,6 +89,7 @@ class ActivationNoise:
 
     def __init__(
         self,
+        operand: Operand,
         inputs: tf.Tensor,
         units: int,
         variances: Sequence[tf.Tensor],
@@ -163,15 +104,20 @@ class ActivationNoise:
             *variances,
             tf.zeros([], dtype),
         )
-        self._inputs = _finite(tf.cast(inputs, dtype))
+        self._operand = operand
+        self._dtype = dtype
+        self._inputs = _finite(operand.prepared(inputs, dtype))
         self._units = units
         self.variance = self.variance_of(self._inputs)
 
     def variance_of(self, inputs: tf.Tensor) -> tf.Tensor:
-        """v from A: see `activation_variance`."""
-        return activation_variance(
-            inputs, self._kernel_variance, self._bias_variance
-        )
+        """v from A, [..., units], or [..., 1] where it is that of all units."""
+        of_kernel = self._operand.variance(inputs, self._kernel_variance)
+        return of_kernel + self._bias_variance
+
+    def prepared(self, inputs: tf.Tensor) -> tf.Tensor:
+        """A as `variance_of` and `sums` take it."""
+        return self._operand.prepared(inputs, self._dtype)
 
     @property
     def shared(self) -> bool:
@@ -183,7 +129,7 @@ class ActivationNoise:
 
         It is that of each unit's log v, 1/2, for each example and position.
         """
-        counted = tf.ones_like(self._inputs[..., 0])
+        counted = tf.ones_like(self.variance[..., 0])
         if self._mask is not None:
             counted = self._mask
         return 0.5 * self._units * tf.reduce_sum(counted)
@@ -192,15 +138,15 @@ class ActivationNoise:
         self,
         noise: tf.Tensor,
         record: tuple[tf.Tensor, ...],
-        rows: Rows,
+        rows: credit.Rows,
     ) -> list[tf.Tensor]:
         """Sums of the scores over a chunk of members, times utilities.
 
         Args:
             noise: xi [chunk, batch, ..., units]; the second of two signs has
                 -xi.
-            record: A and v of each member, [chunk, signs, batch, ..., in or
-                units]; empty if they are the mean network's.
+            record: A and v of each member, [chunk, signs, batch, ...]; empty
+                if they are the mean network's.
             rows: with utilities u [chunk, signs, batch].
 
         Returns:
@@ -225,26 +171,40 @@ class ActivationNoise:
             inputs, variance = self._inputs, self.variance
             weighted = tf.reduce_sum(weighted, axis=[0, 1])
             excess = tf.reduce_sum(excess, axis=[0, 1])
-        flat, mean_score, variance_score = (
-            tf.reshape(values, [-1, values.shape[-1]])
-            for values in (inputs, *scores(weighted, excess, variance))
+        mean_score, variance_score = (
+            tf.reshape(values, [-1, self._units])
+            for values in scores(weighted, excess, variance)
         )
-        sums = [mean_sums(flat, mean_score)]
-        if self._adapts:
-            sums.append(
-                log_variance_sums(
-                    flat,
-                    variance_score,
-                    self._kernel_variance,
-                    self._bias_variance,
-                )
+        flat = self._operand.flat(inputs)
+        sums = [
+            (
+                self._operand.sums(flat, mean_score),
+                tf.reduce_sum(mean_score, axis=0),
             )
+        ]
+        if self._adapts:
+            sums.append(self._log_variance_sums(flat, variance_score))
             if not self.shared:
                 sums.append(self._fisher(inputs, variance, rows.shares, signs))
         by_weight = list(zip(*sums, strict=True))
         return [
             term for terms in by_weight[: 1 + self.has_bias] for term in terms
         ]
+
+    def _log_variance_sums(
+        self, flat: tf.Tensor, score: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sums for dU/dbeta: inputs [M, ...] and scores of v [M, units].
+
+        Returns:
+            For the kernel, like it, or a scalar (the total) where all its
+            weights share one variance; for the bias [units] or a scalar.
+        """
+        kernel = self._operand.square_sums(flat, score, self._kernel_variance)
+        bias = self._bias_variance * tf.reduce_sum(score, axis=0)
+        if self._bias_variance.shape.rank == 0:
+            bias = tf.reduce_sum(bias)
+        return kernel, bias
 
     def _fisher(
         self,
@@ -272,17 +232,17 @@ class ActivationNoise:
         if inputs.shape.rank == self._inputs.shape.rank:
             weight = signs * tf.reduce_sum(shares)
         else:
-            ones = [1] * (inputs.shape.rank - 1)
+            ones = [1] * (variance.shape.rank - 1)
             weight = tf.reshape(shares, [-1, *ones])
-        counted = weight * tf.ones_like(inputs[..., :1])
+        counted = weight * tf.ones_like(variance[..., :1])
         if self._mask is not None:
             counted = counted * self._mask
         score = tf.math.divide_no_nan(0.5 * counted, variance)
-        return log_variance_sums(
-            tf.reshape(inputs, [-1, inputs.shape[-1]]),
-            tf.reshape(score, [-1, self._units]),
-            self._kernel_variance,
-            self._bias_variance,
+        score = tf.broadcast_to(
+            score, tf.concat([tf.shape(score)[:-1], [self._units]], axis=0)
+        )
+        return self._log_variance_sums(
+            self._operand.flat(inputs), tf.reshape(score, [-1, self._units])
         )
 
     def columns(
@@ -301,7 +261,7 @@ class ActivationNoise:
             units: the column of each direction, [chunk].
 
         Returns:
-            For the kernel [chunk, in], then for the bias [chunk, 1].
+            For the kernel [chunk, ...], then for the bias [chunk, 1].
         """
         inputs, variance = record or (self._inputs, self.variance)
         pick = functools.partial(tf.gather, axis=-1, batch_dims=1)
@@ -324,13 +284,16 @@ class ActivationNoise:
             utilities = utilities * self._mask[..., 0]
         score, _ = scores(utilities * xi, xi, _finite(variance))
         count = tf.shape(units)[0]
+        prepared = self._operand.flat(_finite(inputs))
         if record:
-            rows = tf.reshape(_finite(inputs), [count, -1, inputs.shape[-1]])
-            flat = tf.reshape(score, [count, -1])
-            kernel = tf.matmul(flat[:, None], rows)[:, 0]
+            shape = tf.concat([[count, -1], tf.shape(prepared)[1:]], axis=0)
+            prepared = tf.ensure_shape(
+                tf.reshape(prepared, shape), [None, None, *prepared.shape[1:]]
+            )
         else:
-            flat = tf.reshape(tf.reduce_sum(score, axis=1), [count, -1])
-            kernel = flat @ tf.reshape(inputs, [-1, inputs.shape[-1]])
+            score = tf.reduce_sum(score, axis=1)
+        flat = tf.reshape(score, [count, -1])
+        kernel = self._operand.columns(prepared, flat, units)
         bias = tf.reduce_sum(flat, axis=1, keepdims=True)
         return [kernel, bias][: 1 + self.has_bias]
 
@@ -342,4 +305,6 @@ def column_squares(columns: tf.Tensor, units: int) -> tf.Tensor:
 
 def _finite(values: tf.Tensor) -> tf.Tensor:
     """Zeros in place of what is not finite: such members have no say."""
+    if not values.dtype.is_floating:
+        return values
     return tf.where(tf.math.is_finite(values), values, 0)

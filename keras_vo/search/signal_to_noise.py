@@ -19,6 +19,8 @@ mean [1, section 2], estimated from the D directions,
 which is 0 in expectation of its parts if utilities are unrelated to the noise,
 then below 0 as often as above, and never below -1. It takes one number more
 than the gradient, sum_n |c_n|^2, which is a sum over chunks and replicas.
+Populations of several levels of credit have gradients of other variables, whose
+powers add up.
 
 Each kind of noise has its own c_n; none of them is formed:
 
@@ -83,20 +85,28 @@ class Probe(NamedTuple):
 
 
 def signal_to_noise(
-    squared_norm: tf.Tensor, squares: tf.Tensor, directions: tf.Tensor
+    squared_norms: Sequence[tf.Tensor],
+    squares: Sequence[tf.Tensor],
+    directions: Sequence[tf.Tensor],
 ) -> tf.Tensor:
     """The SNR; NaN of less than two directions, or if the noise is not above 0.
 
     That may be where its squares are estimated from few columns.
 
     Args:
-        squared_norm: |g|^2.
-        squares: sum_n |c_n|^2.
-        directions: D.
+        squared_norms: |g|^2 of each part of the gradient that has directions
+            of its own.
+        squares: sum_n |c_n|^2, alike.
+        directions: D, alike.
     """
-    noise = (
-        directions / (directions - 1) * (squares - squared_norm / directions)
+    noise = tf.add_n(
+        [
+            count / (count - 1) * (square - norm / count)
+            for norm, square, count in zip(
+                squared_norms, squares, directions, strict=True
+            )
+        ]
     )
-    snr = squared_norm / noise - 1.0
-    known = (noise > 0) & (directions > 1)
+    snr = tf.add_n(squared_norms) / noise - 1.0
+    known = (noise > 0) & (tf.reduce_min(directions) > 1)
     return tf.where(known, snr, tf.constant(math.nan, snr.dtype))

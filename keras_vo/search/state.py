@@ -9,38 +9,53 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow as tf
 
 from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import Rows, Shaping
+from keras_vo.search.credit import Pooled, Rows, Shaping
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.rules import Proposal, Rule, State
 
-__all__ = ["Perturbations", "Report", "SearchState", "Settings"]
+__all__ = [
+    "Perturbations",
+    "PerturbationsOfLevel",
+    "Report",
+    "SearchState",
+    "Settings",
+]
+
+
+class PerturbationsOfLevel(Protocol):
+    """How the members of one level are perturbed.
+
+    Attributes:
+        noise_size: normals of a direction that perturb weights.
+        activations: tensors of the shapes of a direction's further noise.
+        variables: indices of those that are perturbed.
+    """
+
+    noise_size: int
+    activations: tuple[tf.Tensor, ...]
+    variables: Sequence[int]
+
+    def activation_bytes(self, signs: int) -> Any: ...
+
+    def sums(
+        self, noise: Noise, records: Any, rows: Rows
+    ) -> dict[str, dict[str, tf.Tensor]]:
+        """By kind."""
+
+    def totals(self) -> dict[str, dict[str, tf.Tensor]]: ...
 
 
 class Perturbations(Protocol):
     """How all variables are perturbed: `keras_vo.perturbations.Perturbations`.
 
     Attributes:
-        noise_size: normals of a direction that perturb weights.
-        activations: tensors of the shapes of a direction's further noise.
-        levels: of the credit that is needed.
+        levels: of the credit that is needed, in the order of evaluation.
     """
 
-    noise_size: int
-    activations: tuple[tf.Tensor, ...]
-    levels: frozenset[str]
+    levels: tuple[str, ...]
 
-    def activation_bytes(self, signs: int) -> Any: ...
-
-    def sums(
-        self,
-        noise: Noise,
-        records: Any,
-        rows: Mapping[str, Rows],
-    ) -> dict[str, dict[str, tf.Tensor]]:
-        """By kind; of those whose level there are rows of."""
-
-    def totals(self) -> dict[str, dict[str, tf.Tensor]]: ...
+    def at(self, level: str) -> PerturbationsOfLevel: ...
 
     def direction(
         self,
@@ -54,7 +69,9 @@ class Settings:
     """What does not change from step to step.
 
     Attributes:
-        population_size: number N of members.
+        population_size: number N of members that are judged as a whole.
+        examples_population_size: number of those that are judged example by
+            example, for each replica.
         antithetic: whether they come in mirrored pairs.
         shape: fitness shaping.
         loss_scaled: whether utilities have the scale of the losses.
@@ -65,6 +82,7 @@ class Settings:
     """
 
     population_size: int
+    examples_population_size: int
     antithetic: bool
     shape: Shaping
     loss_scaled: bool
@@ -96,20 +114,28 @@ class Report(NamedTuple):
     """What a step has found, and what it proposes.
 
     Attributes:
-        losses: of the members [N]; NaN where missing, inf where not finite.
-        utilities: of the members [N].
+        pooled: what was found of the members, by level.
         direction: the gradients, as they are stepped down.
-        examples: number of examples of all replicas, a scalar.
         any_finite: whether any loss is finite. Else the step is none: all
             that it proposes is to be left.
         proposal: the next search distribution.
         rules: the next state of the rules.
     """
 
-    losses: tf.Tensor
-    utilities: tf.Tensor
+    pooled: Mapping[str, Pooled]
     direction: Direction
-    examples: tf.Tensor
     any_finite: tf.Tensor
     proposal: Proposal
     rules: State
+
+    @property
+    def losses(self) -> tf.Tensor:
+        """Those of the members of all levels, [N]; NaN where missing, inf
+        where not finite.
+        """
+        return tf.concat([p.losses for p in self.pooled.values()], axis=0)
+
+    @property
+    def examples(self) -> tf.Tensor:
+        """Number of examples of all replicas, a scalar."""
+        return next(iter(self.pooled.values())).examples

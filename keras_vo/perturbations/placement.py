@@ -1,0 +1,100 @@
+"""Where activations can be perturbed, and where not.
+
+A layer that asks for it itself is an error where it can't be. One for which the
+optimizer asks keeps noise on its weights there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import logging as absl_logging
+
+from keras_vo.constraints import constraint_of
+from keras_vo.perturbations import graph_ops
+from keras_vo.perturbations.calls import LayerCall
+from keras_vo.perturbations.scope import current_graph
+
+if TYPE_CHECKING:
+    from keras_vo.perturbations.scope import Recording
+
+__all__ = ["announce", "check_place", "check_weights", "why_not"]
+
+_announced: set[tuple[str, str]] = set()  # layers and reasons
+
+
+def announce(layer: str, reason: str) -> None:
+    """Says once that the optimizer's choice is not that of a layer."""
+    if (layer, reason) not in _announced:
+        _announced.add((layer, reason))
+        absl_logging.info(
+            "Layer %r keeps noise on its weights, not on its activations: %s.",
+            layer,
+            reason,
+        )
+
+
+def why_not(call: LayerCall, bias: Any, recording: Recording) -> str | None:
+    """Why a call can't be perturbed; `None`: it can."""
+    if not recording.in_call:
+        return "the loss calls it"
+    if _is_in_loop(call, recording):
+        return "it is called in a loop or in a function of `tf.function`"
+    for weight in (call.kernel, bias):
+        if getattr(weight, "regularizer", None) is not None:
+            return "its weights have a regularizer"
+        if constraint_of(weight) is not None:
+            return "its weights have a constraint"
+    return None
+
+
+def _is_in_loop(call: LayerCall, recording: Recording) -> bool:
+    return (
+        current_graph() is not recording.graph
+        or graph_ops.is_in_vectorized_loop(call.inputs)
+    )
+
+
+def check_place(call: LayerCall, recording: Recording) -> None:
+    """Raises where a call is not one that can be perturbed."""
+    if not recording.in_call:
+        raise ValueError(
+            f"Layer {call.name!r}, a LocalReparamDense, must be called by "
+            "the model's `call`. Expected: Dense or LowRankDense where "
+            "only the loss calls a layer. Received: a call by "
+            "`compute_loss`"
+        )
+    if _is_in_loop(call, recording):
+        raise ValueError(
+            f"Layer {call.name!r}, a LocalReparamDense, is called in a "
+            "loop (a recurrent cell, TimeDistributed, tf.while_loop, "
+            "vectorized_map) or in a function of `tf.function`. Expected: "
+            "a call with all positions at once, as Dense has for inputs "
+            "of rank 3 and higher, in a `call` that is not decorated "
+            "(`fit` compiles it), or noise of another kind, LowRankDense "
+            "or Dense. Received: a call in a graph of its own"
+        )
+
+
+def check_weights(layer: str, weights: Sequence[Any]) -> None:
+    """Raises where the weights of members, which have none, would be read."""
+    for weight in weights:
+        if getattr(weight, "regularizer", None) is not None:
+            raise ValueError(
+                f"Layer {layer!r}, a LocalReparamDense, must have no "
+                "regularizer of its weights: its activations are "
+                "perturbed, not its weights, so that no search gradient "
+                "would reach them. Expected: `weight_decay` of the inner "
+                "optimizer instead. Received: "
+                f"{weight.path!r} with {weight.regularizer!r}"
+            )
+        if constraint_of(weight) is not None:
+            raise ValueError(
+                f"Layer {layer!r}, a LocalReparamDense, must have no "
+                "constraint of its weights: its activations are perturbed, "
+                "and no member has weights that could satisfy it. Expected: "
+                "LowRankDense or Dense for this layer, whose members' weights "
+                "are projected. Received: "
+                f"{weight.path!r} with {constraint_of(weight)!r}"
+            )
