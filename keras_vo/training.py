@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +12,12 @@ import keras
 import tensorflow as tf
 
 from keras_vo import checks, layer_state, user_steps
-from keras_vo.evaluation import per_example
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.keras_compat import (
     build_metrics,
     loss_tracker,
 )
-from keras_vo.keras_compat.losses import losses_as_returned
+from keras_vo.losses_of_batch import LossesOfBatch
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.calls import densified
@@ -30,7 +27,7 @@ from keras_vo.population_metrics import PopulationMetrics
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.replicas.model import with_callback
-from keras_vo.search.credit import EXAMPLE, MEMBER, Generation
+from keras_vo.search.credit import EXAMPLE, Generation
 from keras_vo.search.noise import generation_seed
 from keras_vo.step_functions import StepFunctions, scalar_losses
 
@@ -69,7 +66,7 @@ class VOTrainStep(StepFunctions):
                 return super().train_step(mixup(data))
     """
 
-    _by_example = False
+    _by_example = False  # set by `LossesOfBatch`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,10 +96,11 @@ class VOTrainStep(StepFunctions):
             self.trainable_variables, optimizer.perturbation, means
         )
         isolation = self._isolation(optimizer)
+        losses = LossesOfBatch(self, (x, y, sample_weight), state)
         with entered(recording), isolation.of_mean():
-            y_pred = self._call_in_training(x)
+            y_pred = losses.predict()
             recording.end_of_call()
-            loss = self._training_loss(x, y, y_pred, sample_weight)
+            loss = losses.of(y_pred)
         settle(recording, isolation.read)
         isolation.check_read(recording.claimed)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
@@ -111,25 +109,20 @@ class VOTrainStep(StepFunctions):
             self, examples, current_replicas()
         )
         example_weights: Any = 1.0
-        by_example = EXAMPLE in levels(recording)
-        if by_example:
+        if EXAMPLE in levels(recording):
             some_input = densified(inputs[0])
             check_batch(recording, some_input)
-            example_weights = self._example_weights(
-                isolation, x, y, y_pred, sample_weight, inputs=some_input
+            example_weights = losses.judge_examples(
+                y_pred, some_input, isolation
             )
             loss = tf.reduce_mean(loss)
-        loss = checks.checked_scalar(loss)
-        objective = functools.partial(
-            self._member_losses, (x, y, sample_weight), state, by_example
-        )
         report = optimizer.take_step(
-            functools.partial(objective, MEMBER),
+            losses.of_member,
             self.trainable_variables,
-            by_example=functools.partial(objective, EXAMPLE),
+            by_example=losses.of_examples,
             means=means,
             recording=recording,
-            baseline=loss,
+            baseline=(loss := checks.checked_scalar(loss)),
             example_weights=example_weights,
             examples=examples,
             isolation=isolation,
@@ -169,44 +162,6 @@ class VOTrainStep(StepFunctions):
             tf.convert_to_tensor(optimizer.generations),
         )
         return Isolation(self.trainable_variables, seed)
-
-    def _member_losses(
-        self,
-        data: tuple[Any, Any, Any],
-        state: Any,
-        by_example: bool,
-        level: str,
-        weights: list[tf.Tensor],
-    ) -> Any:
-        """A member's loss, or its losses by level of credit.
-
-        Args:
-            data: x, y and sample_weight.
-            state: what the member starts from, see `layer_state.snapshot`.
-            by_example: whether the losses of examples are asked for at all:
-                then `compute_loss` may return them.
-            level: by what this member is judged.
-            weights: the member's.
-        """
-        x, y, sample_weight = data
-        trained = zip(self.trainable_variables, weights, strict=True)
-        # One scope around both calls: regularizers and add_loss are
-        # evaluated at the member's weights, and all updates dropped.
-        with (
-            layer_state.unsynchronized(self),
-            keras.StatelessScope(
-                [*trained, *state], collect_losses=True
-            ) as scope,
-        ):
-            y_pred = self._call_in_training(x)
-            loss = self._training_loss(x, y, y_pred, sample_weight)
-            if by_example:
-                loss = tf.reduce_mean(loss)
-            if level == MEMBER:
-                return loss
-            per_example.check_no_added_losses(scope.losses)
-            examples, _ = self._example_losses(x, y, y_pred, sample_weight)
-            return {MEMBER: loss, EXAMPLE: examples}
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; a `SearchMonitor` leaves when it ends by an error."""
@@ -289,55 +244,3 @@ class VOTrainStep(StepFunctions):
                 f"Received: optimizer={self.optimizer!r}"
             )
         return optimizer
-
-    def _call_in_training(self, x: Any) -> Any:
-        if "training" in inspect.signature(self.call).parameters:
-            return self(x, training=True)
-        return self(x)
-
-    def _training_loss(
-        self, x: Any, y: Any, y_pred: Any, sample_weight: Any
-    ) -> Any:
-        kwargs = {}
-        if "training" in inspect.signature(self.compute_loss).parameters:
-            kwargs["training"] = True
-        with losses_as_returned(self):
-            return self.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
-            )
-
-    def _example_losses(
-        self, *data: Any, inputs: tf.Tensor | None = None
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Losses [batch], and those of all examples' weights."""
-        self._by_example = True
-        try:
-            with per_example.by_example(self, inputs) as weights:
-                losses = self._training_loss(*data)
-        finally:
-            self._by_example = False
-        return per_example.checked_examples(losses, inputs), weights
-
-    def _example_weights(
-        self, isolation: Isolation, *data: Any, inputs: tf.Tensor
-    ) -> Any:
-        """The examples' weights [batch], of mean 1; 1 if there are none.
-
-        The mean is that over all replicas.
-
-        Weights of losses may be negative: they count by their size.
-        """
-
-        def evaluated() -> tuple[tf.Tensor, list[tf.Tensor]]:
-            with keras.StatelessScope():  # no update of metrics
-                return self._example_losses(*data, inputs=inputs)
-
-        losses, weights = isolation.beside(evaluated)
-        if not weights:
-            return 1.0
-        total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
-        # Their mean over the examples of all replicas.
-        weight, examples = current_replicas().sum(
-            [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
-        )
-        return tf.math.divide_no_nan(total, weight / examples)

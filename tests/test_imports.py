@@ -48,6 +48,13 @@ ROOMS = {
     "optimizer": None,
     "model_files": None,
     "step_functions": None,
+    "losses_of_batch": {
+        "evaluation",
+        "keras_compat",
+        "layer_state",
+        "replicas",
+        "search",
+    },
     "training": None,
     "models": None,
     "callbacks": None,

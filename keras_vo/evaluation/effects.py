@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_vo.keras_compat import in_stateless_scope
 from keras_vo.tensorflow_compat import called_for_each_op, variables_read
 
-__all__ = ["EagerEffects", "Effects", "is_random"]
+__all__ = ["EagerEffects", "Effects", "is_random", "inlined"]
 
 # Ops that keep a state, each run of which draws other numbers.
 _RANDOM = re.compile(
@@ -153,3 +153,17 @@ class EagerEffects:
         if op_type.startswith("__inference"):
             self.given += handles
             self.in_stateless_scope |= in_stateless_scope()
+
+
+@contextlib.contextmanager
+def inlined() -> Iterator[None]:
+    """Functions of `tf.function` become part of the graph that calls them.
+
+    One that was traced for the mean network reads the variables.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)

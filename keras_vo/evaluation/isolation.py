@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from keras_vo import checks
 from keras_vo.evaluation import notices, resources
-from keras_vo.evaluation.effects import EagerEffects, Effects
+from keras_vo.evaluation.effects import EagerEffects, Effects, inlined
 from keras_vo.evaluation.random_ops import (
     PythonRandomness,
     common_random_numbers,
@@ -198,7 +198,7 @@ class Isolation:
             return self._run_eagerly(member, *args)
         with contextlib.ExitStack() as scopes:
             if self._inline:
-                scopes.enter_context(_inlined())
+                scopes.enter_context(inlined())
             if self._inline and self._seed is not None:
                 scopes.enter_context(
                     common_random_numbers(self._seed, self._left)
@@ -350,17 +350,3 @@ class Isolation:
         if self._seeds_python:
             done.append(self._python.restore())
         return [op for op in done if op is not None]
-
-
-@contextlib.contextmanager
-def _inlined() -> Iterator[None]:
-    """Functions of `tf.function` become part of the graph that calls them.
-
-    One that was traced for the mean network reads the variables.
-    """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)

@@ -28,10 +28,15 @@ from keras_vo.keras_compat.losses import (
 
 __all__ = [
     "ExampleLoss",
+    "OfWholeBatch",
     "by_example",
     "check_no_added_losses",
     "checked_examples",
 ]
+
+
+class OfWholeBatch(Exception):
+    """A loss has one number for all examples, and none for each."""
 
 
 class ExampleLoss:
@@ -64,27 +69,23 @@ class ExampleLoss:
         """The examples' losses [batch].
 
         Raises:
-            ValueError: the loss has no value for each example.
+            OfWholeBatch: the loss is a scalar. (A value of unknown shape, as
+                of `tf.numpy_function`, counts as one:
+                `value.set_shape([None])` says that it has one for each
+                example.)
+            ValueError: it has no value for each example.
         """
         arguments = (y_true, y_pred, sample_weight)
         values = _unreduced(self._loss, arguments)
         if values.shape.rank == 0:
-            raise ValueError(
-                "LocalReparamDense needs a loss with a value for each "
-                "example. Expected: a loss function that returns a tensor "
-                "[batch, ...], as those of keras.losses do. Received: a "
-                f"scalar from the loss {self._loss.name!r}. (For a loss of "
-                "the whole batch use Dense or LowRankDense. A value of unknown "
-                "shape, as of tf.numpy_function, counts as a scalar: "
-                "`value.set_shape([None])` says that it has one for each "
-                "example.)"
-            )
+            raise OfWholeBatch
         if self._inputs is not None:
             checks.check_batch(
                 values,
                 self._inputs,
-                "LocalReparamDense needs a loss with a value for each "
-                f"example, which {self._loss.name!r} has not.",
+                "Noise on activations needs a loss with a value for each "
+                f"example or for the batch, which {self._loss.name!r} has "
+                "not.",
             )
         ones = _Ones(self._loss)
         weights = _unreduced(ones, arguments)
@@ -143,14 +144,21 @@ def by_example(
 
 
 def checked_examples(losses: Any, inputs: tf.Tensor | None = None) -> tf.Tensor:
-    """What compute_loss returned, the losses [batch] of the examples."""
+    """What compute_loss returned, the losses [batch] of the examples.
+
+    Raises:
+        OfWholeBatch: it is a scalar.
+        ValueError: it is something else.
+    """
     losses = tf.convert_to_tensor(losses)
+    if losses.shape.rank == 0:
+        raise OfWholeBatch
     if losses.shape.rank != 1:
         raise ValueError(
-            "LocalReparamDense needs the loss of each example. Expected: a "
-            "`compute_loss` that returns a tensor [batch], or the value of "
-            "`super().compute_loss`. Received: a tensor of shape "
-            f"{tuple(losses.shape)}"
+            "Noise on activations needs the loss of each example, or of the "
+            "batch. Expected: a `compute_loss` that returns a tensor [batch], "
+            "a scalar, or the value of `super().compute_loss`. Received: a "
+            f"tensor of shape {tuple(losses.shape)}"
         )
     if inputs is not None:
         checks.check_batch(
@@ -165,8 +173,10 @@ def check_no_added_losses(added: list[Any]) -> None:
     """Raises if a model has losses that no example has."""
     if added:
         raise ValueError(
-            "LocalReparamDense needs a loss with a value for each "
-            "example, which `add_loss` and activity regularizers have "
+            "Noise on activations (`LocalReparamDense`, "
+            'perturbation="local_reparam") needs a loss that is computed from '
+            "the predictions, which `add_loss` and activity regularizers are "
             "not. Expected: all of the loss in `compile(loss=...)` or "
-            f"`compute_loss`. Received: {len(added)} added losses"
+            '`compute_loss`, or noise on weights (perturbation="full" or '
+            f'"low_rank"). Received: {len(added)} added losses'
         )

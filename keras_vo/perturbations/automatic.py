@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo.keras_compat.layer_calls import intercepted
-from keras_vo.perturbations import registry, scope
+from keras_vo.perturbations import graph_ops, registry, scope
 from keras_vo.perturbations.calls import (
     DenseCall,
     EinsumCall,
@@ -51,7 +51,7 @@ def _perturbed(
     if isinstance(current, scope.Recording) and _mixes_examples(
         layer, *args[1:], **kwargs
     ):
-        current.examples_are_mixed(args[0])
+        _leave_what_is_before(args[0], current)
     kind = registry.get(current.perturbation)
     call, outputs = None, None
     if _is_searched(layer, current):
@@ -63,6 +63,16 @@ def _perturbed(
         return own(*args, **kwargs)
     activation = getattr(layer, "activation", None)
     return outputs if activation is None else activation(outputs)
+
+
+def _leave_what_is_before(inputs: Any, current: scope.Recording) -> None:
+    """Leaves automatic calls that the inputs of a layer depend on, which mixes
+    examples: what comes of a call is another example's too, then.
+    """
+    behind = graph_ops.ancestors(inputs)
+    for name, claims in current.claims.items():
+        for call in registry.get(name).mixed(claims, behind):
+            current.leave(call, "a BatchNormalization is behind it")
 
 
 def _is_searched(layer: Any, current: Any) -> bool:

@@ -129,6 +129,20 @@ class Perturbation:
         return []
 
     @classmethod
+    def mixed(
+        cls, claims: Sequence[Any], ancestors: set[int] | None
+    ) -> list[LayerCall]:
+        """The automatic calls whose noise must not reach other examples, but
+        does.
+
+        Args:
+            claims: of this kind.
+            ancestors: ids of the ops that a tensor is computed by, of which
+                each example depends on all; `None`: they are not known.
+        """
+        return []
+
+    @classmethod
     def settled(
         cls, claims: Sequence[Any], left: Mapping[int, str]
     ) -> list[Any]:

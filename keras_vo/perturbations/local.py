@@ -137,6 +137,17 @@ class LocalReparam(Perturbation):
         return plain
 
     @classmethod
+    def mixed(
+        cls, claims: Sequence[Any], ancestors: set[int] | None
+    ) -> list[LayerCall]:
+        return [
+            claim.call
+            for claim in claims
+            if claim.call.automatic
+            and (ancestors is None or id(claim.plain.op) in ancestors)
+        ]
+
+    @classmethod
     def settled(
         cls, claims: Sequence[Any], left: Mapping[int, str]
     ) -> list[Any]:

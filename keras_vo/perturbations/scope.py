@@ -116,21 +116,6 @@ class Recording:
             if variable is not None:
                 self.left.setdefault(id(variable), reason)
 
-    def examples_are_mixed(self, inputs: tf.Tensor) -> None:
-        """Leaves the automatic calls that tensor depends on, as what comes of
-        it depends on other examples too.
-        """
-        behind = graph_ops.ancestors(inputs)
-        for claims in self.claims.values():
-            for claim in claims:
-                output = getattr(claim, "plain", None)
-                if (
-                    output is not None
-                    and claim.call.automatic
-                    and (behind is None or id(output.op) in behind)
-                ):
-                    self.leave(claim.call, "a BatchNormalization is behind it")
-
     def settle(self, kinds: Sequence[type[Perturbation]], read: Any) -> None:
         """Drops the automatic claims that can't be kept, after the pass.
 
