@@ -533,6 +533,7 @@ def make_step(layer, mean, sigma, seed):
         RecordingOptimizer,
         inner_optimizer=keras.optimizers.SGD(1.0),
         population_size=STEP,
+        examples_population_size=STEP,
         natural_gradient=False,
         antithetic=False,
         seed=seed,

@@ -34,6 +34,9 @@ __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
+# Of the step of an inner optimizer by name. docs/decisions/0034.
+_EXAMPLES_STEP = 0.25
+
 _PLAIN_MODEL = (
     "VOOptimizer evaluates a population of perturbed models, which the "
     "training step of a plain Keras model cannot do. Expected one of: a model "
@@ -71,7 +74,8 @@ class VOOptimizer(SearchSteps):
             gradient. Its learning rate (and schedule), weight decay, EMA and
             clipping act as they do on any gradient. A name stands for that
             optimizer with learning rate 0.02 (0.002 for a model that is
-            trained already when `fit` begins), otherwise Keras's defaults.
+            trained already when `fit` begins), otherwise Keras's defaults;
+            weights with noise on activations take a quarter of each step.
         population_size: number N of members evaluated a step that have noise
             on their weights; even if `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:
@@ -108,7 +112,9 @@ class VOOptimizer(SearchSteps):
             judged by its own loss. All other weights, and those of layers
             that can't be perturbed so (called in a loop or by the loss, with
             a regularizer or a constraint, of weights that others read too, or
-            with a BatchNormalization behind them), keep noise of their own.
+            with a BatchNormalization behind them) or should not (an example
+            has more outputs than the kernel has weights), keep noise of their
+            own.
         examples_population_size: number of members a step, on each replica,
             that have noise on activations (see `LocalReparamDense`); even if
             `antithetic`. They have no noise on weights, and none are
@@ -273,6 +279,7 @@ class VOOptimizer(SearchSteps):
         return Settings(
             self.population_size,
             self.examples_population_size,
+            _EXAMPLES_STEP if self._inner_by_name else 1.0,
             self.antithetic,
             self._shape_fitness,
             shaping_lib.is_loss_scaled(

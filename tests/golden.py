@@ -243,6 +243,8 @@ def make_optimizer(
         "fitness_shaping": "centered_rank",
         "seed": 3,
     } | arguments
+    size = arguments["population_size"]
+    arguments.setdefault("examples_population_size", size)
     return keras_vo.VOOptimizer(
         inner(),
         search_distribution=keras_vo.GaussianSearchDistribution(

@@ -45,7 +45,9 @@ def make_optimizer(search_distribution="layerwise", **kwargs):
         "fitness_shaping": "centered_rank",
         "max_kl": None,
     }
-    return keras_vo.VOOptimizer(**settings | kwargs)
+    settings |= kwargs
+    settings.setdefault("examples_population_size", settings["population_size"])
+    return keras_vo.VOOptimizer(**settings)
 
 
 def make_model(layers=None, optimizer=None, shape=(FEATURES,), **compiling):

@@ -176,6 +176,8 @@ def local_reparameterization(
 ):
     """dU/dmu and dU/dbeta of every weight, one beta a weight.
 
+    Members have noise on weights or on activations, not both.
+
     Args:
         x: inputs [batch, in].
         example_losses: from the last outputs [batch, units] to [batch].
@@ -183,50 +185,65 @@ def local_reparameterization(
         noise: for each layer [draws, batch, units].
         full: for a first layer in weight space, the same five, and its kernel
             and bias noise [draws, ...]; None without one.
-        shaping: applied over members, example by example.
+        shaping: applied over members with noise on weights. Those of the
+            others have one scale, but with "identity" that of the losses.
         antithetic: whether the second half of the members mirrors the noise.
 
     Returns:
-        The members' losses [N, batch], and for each layer, the one in weight
-        space first, (dU/dW, dU/db, dU/dbeta_W, dU/dbeta_b).
+        The losses of both populations' members [N, batch], those with noise
+        on weights first; and for each layer, the one in weight space first,
+        (dU/dW, dU/db, dU/dbeta_W, dU/dbeta_b).
     """
     signs = (1, -1) if antithetic else (1,)
-    runs = []
-    for sign in signs:
-        for n in range(len(noise[0])):
-            inputs, scores = x, []
-            full_noise = None
-            if full:
-                kernel, bias, kernel_sigma, bias_sigma, activation, zw, zb = (
-                    full
-                )
-                full_noise = sign * zw[n], sign * zb[n]
-                inputs = activation(
-                    x @ (kernel + kernel_sigma * full_noise[0])
-                    + bias
-                    + bias_sigma * full_noise[1]
-                )
-            for layer, xi in zip(layers, noise, strict=True):
-                kernel, bias, kernel_sigma, bias_sigma, activation = layer
-                m = inputs @ kernel + bias
-                v = inputs**2 @ kernel_sigma**2 + bias_sigma**2
-                scores.append((inputs, v, sign * xi[n]))
-                inputs = activation(m + np.sqrt(v) * sign * xi[n])
-            runs.append((example_losses(inputs), scores, full_noise))
-    losses = np.array([run[0] for run in runs])
-    count, batch = losses.shape
+
+    def evaluate(n, sign, in_weights):
+        """A member's losses, and its scores or its noise."""
+        inputs, scores, full_noise = x, [], None
+        if full:
+            kernel, bias, kernel_sigma, bias_sigma, activation, zw, zb = full
+            full_noise = sign * zw[n], sign * zb[n]
+            if in_weights:
+                kernel = kernel + kernel_sigma * full_noise[0]
+                bias = bias + bias_sigma * full_noise[1]
+            inputs = activation(x @ kernel + bias)
+        for layer, xi in zip(layers, noise, strict=True):
+            kernel, bias, kernel_sigma, bias_sigma, activation = layer
+            m = inputs @ kernel + bias
+            v = inputs**2 @ kernel_sigma**2 + bias_sigma**2
+            scores.append((inputs, v, sign * xi[n]))
+            z = m if in_weights else m + np.sqrt(v) * sign * xi[n]
+            inputs = activation(z)
+        return example_losses(inputs), scores, full_noise
+
+    def population(in_weights):
+        return [
+            evaluate(n, sign, in_weights)
+            for sign in signs
+            for n in range(len(noise[0]))
+        ]
 
     def shaped(values):
         if shaping == "identity":
             return identity(values, antithetic)
         return SHAPINGS[shaping](values)
 
-    utilities = np.stack([shaped(losses[:, b]) for b in range(batch)], 1)
-    mean_utilities = shaped(losses.mean(1))
+    runs = population(in_weights=False)
+    losses = np.array([run[0] for run in runs])
+    count, batch = losses.shape
+    utilities = np.stack(
+        [identity(losses[:, b], antithetic) for b in range(batch)], 1
+    )
+    if shaping != "identity":
+        utilities /= np.sqrt((utilities**2).mean())
+    whole = population(in_weights=True) if full else []
+    mean_utilities = (
+        shaped(np.array([run[0].mean() for run in whole])) if full else []
+    )
+    all_losses = np.array([run[0] for run in [*whole, *runs]])
     gradients = []
     if full:
         parts = [np.zeros_like(a) for a in (*full[:2], *full[:2])]
-        for u, (_, _, z) in zip(mean_utilities, runs, strict=True):
+        for u, (_, _, z) in zip(mean_utilities, whole, strict=True):
             for k in range(2):
                 parts[k] += u * z[k] / full[2 + k] / count
                 parts[2 + k] += u * (z[k] ** 2 - 1) / 2 / count
@@ -246,7 +263,7 @@ def local_reparameterization(
                     parts[2][:, i] += a[b] ** 2 * dv * kernel_sigma[:, i] ** 2
                     parts[3][i] += dv * bias_sigma[i] ** 2
         gradients.append(parts)
-    return losses, gradients
+    return all_losses, gradients
 
 
 def split_half_snr(terms):

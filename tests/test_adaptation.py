@@ -13,7 +13,8 @@ from test_optimizer import flat, noise_of
 
 import keras_vo
 from keras_vo.layers import LowRankDense
-from keras_vo.perturbations.base import DenseCall, Space
+from keras_vo.perturbations.base import Space
+from keras_vo.perturbations.calls import DenseCall
 from keras_vo.perturbations.low_rank import LowRank
 from keras_vo.search import follow_mean
 from keras_vo.search.chunks import Noise

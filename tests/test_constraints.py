@@ -226,7 +226,7 @@ def test_low_rank_stays_low_rank():
     class Optimizer(keras_vo.VOOptimizer):
         def _search(self, *args):
             search, perturbations = super()._search(*args)
-            sizes.append(perturbations.noise_size)
+            sizes.append(perturbations.at("member").noise_size)
             return search, perturbations
 
     model = models.make_model(

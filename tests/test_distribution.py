@@ -420,7 +420,11 @@ def test_replicas_without_examples():
             keras.layers.BatchNormalization(momentum=0.5),
             keras_vo.layers.LocalReparamDense(8, "relu"),
         ],
-        optimizer=lambda: {"population_size": 24, "exchange": "fitness"},
+        optimizer=lambda: {
+            "population_size": 24,
+            "examples_population_size": 12,
+            "exchange": "fitness",
+        },
         batches=batches.repeat(times),
         epochs=epochs,
     )
@@ -444,15 +448,6 @@ def test_replicas_without_examples():
     np.testing.assert_allclose(
         evaluated[1], np.mean(predicted.argmax(1) == y), rtol=1e-6
     )
-
-
-def test_too_few_members_for_noise_of_each_example():
-    with pytest.raises(ValueError, match="two for each replica"):
-        trained(
-            mirrored(3),
-            layers=lambda: [keras_vo.layers.LocalReparamDense(8)],
-            optimizer=lambda: {"population_size": 4, "antithetic": False},
-        )
 
 
 def test_weights_of_examples_on_other_shards():

@@ -12,7 +12,7 @@ from keras_vo.layers import LocalReparamDense
 def natural_step(layer, structure, fan_in, units=1, bias=False, inputs=None):
     """-d log sigma^2 / learning rate of a layer whose loss is |outputs|^2.
 
-    Its weights are 0. Utilities are standardized.
+    Its weights are 0. Utilities have one scale.
     """
     model = keras_vo.VOSequential(
         [
@@ -26,7 +26,7 @@ def natural_step(layer, structure, fan_in, units=1, bias=False, inputs=None):
     model.compile(
         optimizer=keras_vo.VOOptimizer(
             keras.optimizers.SGD(0.0),
-            population_size=2000,
+            examples_population_size=2000,
             seed=0,
             fitness_shaping="standardize",
             search_distribution=distribution,
@@ -47,7 +47,7 @@ def test_local_noise_where_each_weight_has_its_variance():
     """
     (shared,) = natural_step(LocalReparamDense, "layerwise", 64)
     (own,) = natural_step(LocalReparamDense, "separable", 64)
-    # Utilities standardized over 2000 members: sqrt(2), see test_adaptation.
+    # Utilities of mean square 1 over 2000 members: sqrt(2), as standardized.
     assert shared.mean() == pytest.approx(2**0.5, abs=0.2)
     np.testing.assert_allclose(own, shared, rtol=1e-3)
 

@@ -32,6 +32,7 @@ def make_model(
     settings = {
         "inner_optimizer": keras.optimizers.SGD(1.0),
         "population_size": 8,
+        "examples_population_size": 8,
         "search_distribution": keras_vo.GaussianSearchDistribution(
             variance,
             stddev=0.3,
@@ -102,7 +103,7 @@ def separable_sigma(model, rng):
         (LocalReparamDense, True, "identity", None),
         (LocalReparamDense, False, "standardize", "run_eagerly"),
         (LocalReparamDense, True, "centered_rank", "jit_compile"),
-        (LocalReparamDense, False, "nes", "run_eagerly"),
+        (LocalReparamDense, False, "identity", "run_eagerly"),
         (keras.layers.Dense, True, "nes", "run_eagerly"),
         (keras.layers.Dense, False, "identity", None),
         (keras.layers.Dense, True, "centered_rank", "run_eagerly"),
@@ -209,7 +210,7 @@ def test_unbiased_on_a_quadratic_loss():
     model = make_model(
         [lambda: LocalReparamDense(2, bias_initializer="normal")],
         x,
-        population_size=2048,
+        examples_population_size=2048,
     )
     kernel, bias = model.get_weights()
     a = np.concatenate([x, np.ones((*shape[:-1], 1))], -1).reshape(-1, IN + 1)

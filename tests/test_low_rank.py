@@ -9,7 +9,7 @@ from test_local_reparameterization import gradients, make_model, z_scores
 
 import keras_vo
 from keras_vo.layers import LowRankDense
-from keras_vo.perturbations import low_rank
+from keras_vo.search import low_rank
 
 IN, OUT, BATCH = 3, 2, 4
 

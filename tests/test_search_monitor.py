@@ -29,9 +29,15 @@ import keras_vo
 from keras_vo.callbacks import SearchMonitor
 from keras_vo.layers import LocalReparamDense, LowRankDense
 from keras_vo.monitor import observer
-from keras_vo.perturbations import full, low_rank
+from keras_vo.perturbations import full
 from keras_vo.replicas import strategies, workers
-from keras_vo.search import follow_mean, gaussian, layout, signal_to_noise
+from keras_vo.search import (
+    follow_mean,
+    gaussian,
+    layout,
+    low_rank,
+    signal_to_noise,
+)
 
 
 def layers_of(kind):
@@ -395,10 +401,24 @@ def test_noise_is_the_variance_of_the_gradient(
 
 
 def test_a_single_draw_has_no_noise_to_compare_with():
-    snr = signal_to_noise.signal_to_noise(*map(tf.constant, (1.0, 1.5, 1.0)))
+    snr = signal_to_noise.signal_to_noise(
+        *([tf.constant(x)] for x in (1.0, 1.5, 1.0))
+    )
     assert math.isnan(snr)
-    snr = signal_to_noise.signal_to_noise(*map(tf.constant, (1.0, 1.5, 2.0)))
+    snr = signal_to_noise.signal_to_noise(
+        *([tf.constant(x)] for x in (1.0, 1.5, 2.0))
+    )
     np.testing.assert_allclose(snr, 1 / (2 * (1.5 - 0.5)) - 1)
+
+
+def test_parts_of_a_gradient_with_directions_of_their_own():
+    """Powers add up: |g|^2 of 1 and 4, noise of 1 and 3/2 (7 - 4/3)."""
+    snr = signal_to_noise.signal_to_noise(
+        [tf.constant(1.0), tf.constant(4.0)],
+        [tf.constant(1.0), tf.constant(7.0)],
+        [tf.constant(2.0), tf.constant(3.0)],
+    )
+    np.testing.assert_allclose(snr, 5 / (1.0 + 1.5 * (7 - 4 / 3)) - 1)
 
 
 def test_squares_of_low_rank_noise():
@@ -859,7 +879,7 @@ def test_fit_in_replicas(tmp_path):
     models.fit(model, *models.make_data(64), epochs=1, callbacks=[monitor])
     history = columns(monitor.history)
     assert list(history["step"]) == [*range(1, 9)]
-    assert list(history["evaluations"]) == [8 * step for step in range(1, 9)]
+    assert list(history["evaluations"]) == [16 * step for step in range(1, 9)]
     assert np.isfinite(history["gradient_snr"][signal_to_noise.EVERY - 1])
     assert list(read_csv(tmp_path / "search.csv")["step"]) == [*range(1, 9)]
 

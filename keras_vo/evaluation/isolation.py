@@ -108,12 +108,10 @@ class Isolation:
         """
         if tf.executing_eagerly():
             read = set(map(id, self.read))
-            self._check_read(
-                [
-                    index not in claimed and id(handle) not in read
-                    for index, handle in enumerate(self._handles)
-                ]
-            )
+            unread = [id(handle) not in read for handle in self._handles]
+            for index in claimed:
+                unread[index] = False
+            self._check_read(unread)
 
     def adapt(self, effects: Effects) -> bool:
         """Adapts to what a member's graph does.

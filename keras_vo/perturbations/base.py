@@ -143,14 +143,12 @@ class Perturbation:
         return []
 
     @classmethod
-    def settled(
-        cls, claims: Sequence[Any], left: Mapping[int, str]
-    ) -> list[Any]:
+    def settled(cls, claims: Sequence[Any], recording: Recording) -> list[Any]:
         """The claims that are kept after the mean network's pass.
 
         Args:
             claims: in the order in which they were made.
-            left: see `Recording.left`.
+            recording: of that pass.
         """
         return list(claims)
 

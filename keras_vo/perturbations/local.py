@@ -59,6 +59,11 @@ class _Claim(NamedTuple):
     outputs: tf.Tensor
     mask: Any
 
+    @property
+    def variables(self) -> list[Any]:
+        """Those that are perturbed, the kernel first."""
+        return [self.call.kernel] + [self.bias] * (self.bias is not None)
+
 
 class _State(NamedTuple):
     """The noise of a member, with its sign, and the records of its calls."""
@@ -123,6 +128,7 @@ class LocalReparam(Perturbation):
             reason = placement.why_not(call, bias, recording)
             if reason is not None:
                 recording.leave(call, reason)
+                placement.announce(call.name, reason)
                 return None
         else:
             placement.check_place(call, recording)
@@ -148,21 +154,27 @@ class LocalReparam(Perturbation):
         ]
 
     @classmethod
-    def settled(
-        cls, claims: Sequence[Any], left: Mapping[int, str]
-    ) -> list[Any]:
-        """All but automatic ones of variables that are left."""
+    def settled(cls, claims: Sequence[Any], recording: Recording) -> list[Any]:
+        """All but automatic ones that can't be kept, or would not pay."""
         kept = []
         for claim in claims:
-            variables = [
-                v for v in (claim.call.kernel, claim.bias) if v is not None
-            ]
-            reasons = [left[id(v)] for v in variables if id(v) in left]
-            if reasons and claim.call.automatic:
-                placement.announce(claim.call.name, reasons[0])
-            else:
+            reason = placement.why_left(
+                claim.variables, claim.outputs, recording
+            )
+            if reason is None or not claim.call.automatic:
                 kept.append(claim)
-        return kept
+            else:
+                placement.announce(claim.call.name, reason)
+        covered = {id(v) for claim in kept for v in claim.variables}
+        if all(id(v) in covered for v in recording.variables):
+            return kept
+        # There are members with noise on weights anyway.
+        return [
+            claim
+            for claim in kept
+            if not claim.call.automatic
+            or not placement.has_many_positions(claim.variables, claim.outputs)
+        ]
 
     @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:

@@ -112,7 +112,8 @@ class LowRank(Perturbation):
         gaussian = space.gaussian
         self._adapts = space.adapts
         self._kernels = []
-        for call in claims:
+        # Whose noise is whose does not depend on the order of the calls.
+        for call in sorted(claims, key=lambda c: space.positions[id(c.kernel)]):
             index = space.positions[id(call.kernel)]
             stddev = _matrix(gaussian.tensor_stddevs[index])
             factor = None

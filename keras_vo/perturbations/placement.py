@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import tensorflow as tf
 from absl import logging as absl_logging
 
 from keras_vo.constraints import constraint_of
@@ -19,7 +20,20 @@ from keras_vo.perturbations.scope import current_graph
 if TYPE_CHECKING:
     from keras_vo.perturbations.scope import Recording
 
-__all__ = ["announce", "check_place", "check_weights", "why_not"]
+__all__ = [
+    "announce",
+    "check_place",
+    "check_weights",
+    "has_many_positions",
+    "why_left",
+    "why_not",
+]
+
+# Outputs of an example for each weight of a kernel, at most. Measured:
+# benchmarks/results/local_perturbation.md.
+_MOST_OUTPUTS = 1
+# Along axes whose size is not known when the step is traced.
+_UNKNOWN_POSITIONS = 64
 
 _announced: set[tuple[str, str]] = set()  # layers and reasons
 
@@ -47,6 +61,37 @@ def why_not(call: LayerCall, bias: Any, recording: Recording) -> str | None:
         if constraint_of(weight) is not None:
             return "its weights have a constraint"
     return None
+
+
+def why_left(
+    variables: Sequence[Any], outputs: tf.Tensor, recording: Recording
+) -> str | None:
+    """Why a claim is not kept after the mean network's pass; `None`: it is.
+
+    Args:
+        variables: of the call, its kernel first.
+        outputs: [batch, ..., units].
+        recording: of that pass.
+    """
+    for variable in variables:
+        if id(variable) in recording.left:
+            return recording.left[id(variable)]
+    if len(variables[0].shape) > 1 and has_many_positions(variables, outputs):
+        return "it has many positions for its weights"
+    return None
+
+
+def has_many_positions(variables: Sequence[Any], outputs: tf.Tensor) -> bool:
+    """Whether an example has far more outputs than the kernel has weights.
+
+    The gradient of noise on outputs has a variance of their number, that of
+    noise on weights has one of theirs.
+    """
+    size = outputs.shape[1:].num_elements()
+    if size is None:
+        size = _UNKNOWN_POSITIONS * outputs.shape[-1]
+    weights = variables[0].shape.num_elements()
+    return bool(size > _MOST_OUTPUTS * weights)
 
 
 def _is_in_loop(call: LayerCall, recording: Recording) -> bool:

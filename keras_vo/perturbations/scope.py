@@ -131,7 +131,7 @@ class Recording:
             ):
                 self.left.setdefault(id(variable), "others read its weights")
         for kind in kinds:
-            kept = kind.settled(self.claims[kind.name], self.left)
+            kept = kind.settled(self.claims[kind.name], self)
             self.claims[kind.name] = kept
         self.claims = {k: v for k, v in self.claims.items() if v}
 

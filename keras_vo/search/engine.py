@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras_vo.search import credit, estimators, example_credit
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
-from keras_vo.search.credit import MEMBER, Outcomes, Rows
+from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.members import Members, Shard
@@ -278,6 +278,30 @@ class Search:
             ),
         )
 
+    def _slowed(self, mean: tf.Tensor) -> tf.Tensor:
+        """mu', where what examples give credit to goes a part of its way.
+
+        Its gradient is far less noise: an optimizer that gives gradients their
+        size itself (Adam) would go all of it in one direction.
+        """
+        part = self.settings.examples_step
+        if part == 1 or EXAMPLE not in self.perturbations.levels:
+            return mean
+        slow = set(self.perturbations.at(EXAMPLE).variables)
+        layout = self.state.gaussian.layout
+        parts = tf.concat(
+            [
+                tf.fill(
+                    [size],
+                    tf.constant(part if i in slow else 1.0, layout.dtype),
+                )
+                for i, size in enumerate(layout.sizes)
+            ],
+            axis=0,
+        )
+        old = self.state.gaussian.mean
+        return tf.where(parts == 1, mean, old + parts * (mean - old))
+
     def _proposed(
         self, direction: Direction, move_mean: MoveMean
     ) -> tuple[Proposal, State]:
@@ -286,6 +310,7 @@ class Search:
         layout = state.gaussian.layout
         step = Step(state.gaussian, direction, state.updates)
         mean = layout.flatten(move_mean(layout.unflatten(direction.mean)))
+        mean = self._slowed(mean)
         proposal = Proposal(mean, state.gaussian.log_variance)
         for rule in rules:
             proposal = rule.propose(step, proposal, state.rules)

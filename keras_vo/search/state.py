@@ -72,6 +72,8 @@ class Settings:
         population_size: number N of members that are judged as a whole.
         examples_population_size: number of those that are judged example by
             example, for each replica.
+        examples_step: the part of the inner optimizer's step that is taken by
+            what is judged example by example.
         antithetic: whether they come in mirrored pairs.
         shape: fitness shaping.
         loss_scaled: whether utilities have the scale of the losses.
@@ -83,6 +85,7 @@ class Settings:
 
     population_size: int
     examples_population_size: int
+    examples_step: float
     antithetic: bool
     shape: Shaping
     loss_scaled: bool

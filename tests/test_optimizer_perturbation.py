@@ -1,0 +1,639 @@
+"""VOOptimizer(perturbation=): layers of Keras, perturbed as they are."""
+
+import functools
+import threading
+
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import keras_vo
+from keras_vo.keras_compat import layer_calls
+from keras_vo.layers import LocalReparamDense, LowRankDense
+from keras_vo.perturbations import placement
+from keras_vo.perturbations.contraction import Contraction
+from keras_vo.search import engine
+
+FROM_LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def make(network, perturbation, loss="mse", structure="layerwise", **kwargs):
+    """A functional model with the same weights every time, compiled."""
+    compiling = {k: kwargs.pop(k) for k in ("run_eagerly",) if k in kwargs}
+    keras.utils.set_random_seed(1)
+    model = network() if callable(network) else network
+    model = keras_vo.make_variational(model)
+    model.compile(
+        optimizer=models.make_optimizer(
+            structure, perturbation=perturbation, **kwargs
+        ),
+        loss=loss,
+        **compiling,
+    )
+    return model
+
+
+def trajectory(model, *data, copy=None):
+    """All weights and sigmas after two epochs of three batches, flat.
+
+    Args:
+        model: compiled.
+        data: of `fit`.
+        copy: from the model's weights to what they are set to at first.
+    """
+    if copy is not None:
+        model.set_weights(copy(model.get_weights()))
+    models.fit(model, *data)
+    stddevs = [s.numpy() for s in model.optimizer.stddevs]
+    return np.concatenate(
+        [np.ravel(w) for w in [*model.get_weights(), *stddevs]]
+    )
+
+
+@pytest.fixture
+def populations(monkeypatch):
+    """The sizes of the populations of the steps that are traced, by level."""
+    seen = []
+    tell = engine.Search.tell
+
+    def noted(self, by_level, move_mean):
+        seen.append({k: len(p.members) for k, p in by_level.items()})
+        return tell(self, by_level, move_mean)
+
+    monkeypatch.setattr(engine.Search, "tell", noted)
+    return seen
+
+
+# --- the same as layers that say so themselves ---
+
+
+def mlp(layer=layers.Dense):
+    return keras.Sequential(
+        [keras.Input((4,)), layer(6, activation="relu"), layer(3)]
+    )
+
+
+@pytest.mark.parametrize("structure", ["layerwise", "separable"])
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize(
+    "perturbation, layer",
+    [("local_reparam", LocalReparamDense), ("low_rank", LowRankDense)],
+)
+def test_dense_layers_are_perturbed_as_those_that_ask(
+    perturbation, layer, eagerly, structure
+):
+    x, y = models.make_data()
+    run = functools.partial(
+        make, loss=FROM_LOGITS, structure=structure, run_eagerly=eagerly
+    )
+    got = trajectory(run(mlp, perturbation), x, y)
+    want = trajectory(run(lambda: mlp(layer), "full"), x, y)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    plain = trajectory(run(mlp, "full"), x, y)
+    assert np.abs(plain - want).max() > 0.01
+
+
+def test_a_layer_that_asks_has_its_own_way():
+    def network():
+        return keras.Sequential(
+            [keras.Input((4,)), LowRankDense(6, "relu"), layers.Dense(3)]
+        )
+
+    x, y = models.make_data()
+    asked = trajectory(make(network, "low_rank", FROM_LOGITS), x, y)
+    both = trajectory(make(mlp, "low_rank", FROM_LOGITS), x, y)
+    np.testing.assert_allclose(asked, both, rtol=1e-5, atol=1e-6)
+    model = make(network, "local_reparam", FROM_LOGITS)
+    models.fit(model, x, y)
+    assert [type(layer) for layer in model.layers] == [
+        LowRankDense,
+        layers.Dense,
+    ]
+
+
+# --- layers that are Dense in other words, with the same noise ---
+
+
+def sequences(shape=(3, 4), n=24):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, *shape)).astype("float32")
+    return x, x.reshape(n, -1)[:, :2].copy()
+
+
+def ended(*parts):
+    """With an end that is trained, too."""
+    return keras.Sequential([*parts, layers.Flatten(), layers.Dense(2)])
+
+
+# Equation, shapes of the input and of the output, axes of the bias; the same by
+# Dense; from Dense's kernel and bias to those of the equation.
+EINSUMS = {
+    "rank 2": ("ab,bc->ac", (12,), (5,), "c", [layers.Dense(5)], None),
+    "ellipsis": ("...x,xy->...y", (3, 4), 5, "y", [layers.Dense(5)], None),
+    "heads": (
+        "abc,cde->abde",
+        (3, 4),
+        (3, 2, 5),
+        "de",
+        [layers.Dense(10)],
+        lambda w, b: (w.reshape(4, 2, 5), b.reshape(2, 5)),
+    ),
+    "heads in": (
+        "abcd,cde->abe",
+        (3, 2, 4),
+        (3, 5),
+        "e",
+        [layers.Reshape((3, 8)), layers.Dense(5)],
+        lambda w, b: (w.reshape(2, 4, 5), b),
+    ),
+    "kernel turned": (
+        "abc,dc->abd",
+        (3, 4),
+        (3, 5),
+        "d",
+        [layers.Dense(5)],
+        lambda w, b: (w.T.copy(), b),
+    ),
+}
+
+
+@pytest.mark.parametrize("structure", ["layerwise", "separable"])
+@pytest.mark.parametrize("name", EINSUMS)
+def test_einsum_dense_is_dense(name, structure):
+    equation, shape, output, axes, dense, turned = EINSUMS[name]
+    x, y = sequences(shape)
+
+    def network():
+        einsum = layers.EinsumDense(equation, output, bias_axes=axes)
+        return ended(keras.Input(shape), einsum)
+
+    def by_dense():
+        copies = [type(d).from_config(d.get_config()) for d in dense]
+        copies[-1].name = "first"
+        return ended(keras.Input(shape), *copies)
+
+    def flat(model, to_einsum=False):
+        values = model.get_weights()
+        stddevs = [s.numpy() for s in model.optimizer.stddevs]
+        if to_einsum and turned is not None:
+            values[:2] = turned(*values[:2])
+            stddevs[:2] = turned(*stddevs[:2])
+        return np.concatenate([np.ravel(v) for v in [*values, *stddevs]])
+
+    reference = make(by_dense, "local_reparam", structure=structure)
+    model = make(network, "local_reparam", structure=structure)
+    start = reference.get_weights()
+    if turned is not None:
+        start[:2] = turned(*start[:2])
+    model.set_weights(start)
+    models.fit(reference, x, y)
+    models.fit(model, x, y)
+    np.testing.assert_allclose(
+        flat(model), flat(reference, to_einsum=True), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("structure", ["layerwise", "separable"])
+def test_an_embedding_is_dense_of_one_hot(structure):
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(0, 7, (24, 3)), rng.normal(size=(24, 2))
+    run = functools.partial(make, perturbation="local_reparam")
+
+    def embedded():
+        return ended(keras.Input((3,)), layers.Embedding(7, 5))
+
+    def dense():
+        return ended(keras.Input((3, 7)), layers.Dense(5, use_bias=False))
+
+    start = embedded().get_weights()
+    got = trajectory(
+        run(embedded, structure=structure), ids, y, copy=lambda _: start
+    )
+    want = trajectory(
+        run(dense, structure=structure),
+        np.eye(7, dtype="float32")[ids],
+        y,
+        copy=lambda _: start,
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def gradients_of(model, steps, *data):
+    """dU/dmu of the optimizer's steps from one place, [steps, d]."""
+    start, found = model.get_weights(), []
+    for _ in range(steps):
+        model.train_on_batch(*data)
+        moved = zip(start, model.get_weights(), strict=True)
+        found.append(np.concatenate([np.ravel(a - b) for a, b in moved]))
+        model.set_weights(start)
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["LayerNormalization", "BatchNormalization", "RMSNormalization"]
+)
+def test_the_scale_of_a_normalization(name):
+    """f_b = sum over positions and units of t Z, for Z = A gamma + beta.
+
+    It is linear: dU/dgamma = mean_b sum t A, dU/dbeta = mean_b sum t, whatever
+    sigma is. 40 steps of 512 members. Of 6 or 12 numbers one is beyond 5
+    standard errors with a probability of 1e-4; the errors say that one off by
+    20 % of the largest would be.
+    """
+    if not hasattr(layers, name):
+        pytest.skip("not in this version of Keras")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 3, 6)).astype("float32")
+    t = rng.normal(size=(8, 3, 6)).astype("float32")
+    layer = getattr(layers, name)()
+    model = make(
+        lambda: keras.Sequential([keras.Input((3, 6)), layer]),
+        "local_reparam",
+        loss=lambda y_true, y_pred: tf.reduce_sum(y_true * y_pred, [1, 2]),
+        structure="fixed",
+        inner_optimizer=keras.optimizers.SGD(1.0),
+        natural_gradient=False,
+        fitness_shaping="identity",
+        examples_population_size=512,
+    )
+    a = np.array(layer(x, training=True))
+    found = gradients_of(model, 40, x, t)
+    want = [np.mean(np.sum(t * a, 1), 0)]
+    if len(model.trainable_variables) > 1:
+        want.append(np.mean(np.sum(t, 1), 0))
+    want = np.concatenate(want)
+    found = found[:, : len(want)]  # without moving statistics
+    error = found.std(0, ddof=1) / 40**0.5
+    assert np.abs((found.mean(0) - want) / error).max() < 5
+    assert error.max() < 0.04 * np.abs(want).max()
+
+
+def test_moving_statistics_are_those_of_the_mean_network():
+    x, y = sequences((4,))
+    moving = []
+    for perturbation in ("full", "local_reparam"):
+        model = make(
+            lambda: ended(keras.Input((4,)), layers.BatchNormalization()),
+            perturbation,
+        )
+        models.fit(model, x, y)
+        moving.append([w.numpy() for w in model.non_trainable_variables])
+    np.testing.assert_allclose(*[np.concatenate(m) for m in moving], rtol=1e-6)
+    assert np.abs(moving[0][0]).max() > 0
+
+
+# --- what is covered, and what is not ---
+
+
+def attention():
+    inputs = keras.Input((4, 8))
+    hidden = layers.MultiHeadAttention(2, 4)(inputs, inputs)
+    hidden = layers.LayerNormalization()(inputs + hidden)
+    outputs = layers.Dense(1)(layers.GlobalAveragePooling1D()(hidden))
+    return keras.Model(inputs, outputs)
+
+
+def test_attention_needs_no_noise_on_weights(populations):
+    x, y = sequences((4, 8))
+    model = make(attention, "local_reparam", examples_population_size=6)
+    before = model.get_weights()
+    models.fit(model, x, y[:, :1])
+    assert populations == [{"example": 6}]
+    for a, b in zip(before, model.get_weights(), strict=True):
+        assert np.all(a != b)
+
+
+def regularized():
+    return layers.Dense(5, kernel_regularizer="l2")
+
+
+def constrained():
+    return layers.Dense(5, bias_constraint="non_neg")
+
+
+class Tied(layers.Layer):
+    """x W, and that times W^T."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(5, use_bias=False)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, inputs):
+        hidden = self.dense(inputs)
+        return keras.ops.matmul(hidden, keras.ops.transpose(self.dense.kernel))
+
+
+class InFunction(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(5)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    @tf.function(autograph=False)
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+class OwnProduct(layers.Dense):
+    def call(self, inputs):
+        return keras.ops.matmul(inputs, self.kernel) + self.bias
+
+
+LEFT = {
+    "regularizer": lambda: [regularized()],
+    "constraint": lambda: [constrained()],
+    "tied": lambda: [Tied()],
+    "loop": lambda: [layers.Reshape((2, 2)), layers.SimpleRNN(5)],
+    "own call": lambda: [OwnProduct(5)],
+    "batch normalization": lambda: [
+        layers.Dense(5),
+        layers.BatchNormalization(scale=False, center=False),
+    ],
+}
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("name", LEFT)
+def test_what_keeps_noise_on_its_weights(name, eagerly, populations):
+    """Alone, it is trained as by perturbation="full"; before a Dense, both."""
+    x, y = sequences((4,))
+    shape, sizes = (4,), {"population_size": 10, "examples_population_size": 6}
+    y = np.tile(y, [1, 3])
+
+    def alone():
+        return keras.Sequential([keras.Input(shape), *LEFT[name]()])
+
+    columns = alone().output_shape[-1]
+    runs = [
+        trajectory(
+            make(alone, kind, run_eagerly=eagerly, **sizes), x, y[:, :columns]
+        )
+        for kind in ("local_reparam", "full")
+    ]
+    np.testing.assert_array_equal(*runs)
+    assert all(p == {"member": 10} for p in populations)
+    del populations[:]
+    model = make(
+        lambda: ended(keras.Input(shape), *LEFT[name]()),
+        "local_reparam",
+        run_eagerly=eagerly,
+        **sizes,
+    )
+    models.fit(model, x, y[:, :2], epochs=1)
+    assert populations and all(
+        p == {"member": 10, "example": 6} for p in populations
+    )
+
+
+def test_a_function_that_was_decorated(populations):
+    x, y = sequences((4,))
+    model = make(
+        lambda: ended(keras.Input((4,)), InFunction()), "local_reparam"
+    )
+    models.fit(model, x, y)
+    assert populations[-1] == {"member": 8, "example": 8}
+
+
+def test_what_is_left_is_logged_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(placement, "_announced", set())
+    monkeypatch.setattr(
+        placement.absl_logging, "info", lambda text, *args: said.append(args)
+    )
+    x, y = sequences((4,))
+    model = make(
+        lambda: ended(keras.Input((4,)), regularized()), "local_reparam"
+    )
+    for _ in range(2):
+        models.fit(model, x, y, epochs=1)
+    assert said == [(model.layers[0].name, "its weights have a regularizer")]
+
+
+# --- populations ---
+
+
+def test_noise_on_weights_does_not_blur_that_of_examples(populations):
+    """Local noise of a Dense is the same whether weights before it have noise.
+
+    A convolution, which has: in the first step, Dense moves as if it were
+    frozen.
+    """
+    rng = np.random.default_rng(0)
+    x, y = (
+        rng.normal(size=(8, 6, 6, 1)).astype("float32"),
+        rng.normal(size=(8, 2)),
+    )
+
+    def network(trainable):
+        return keras.Sequential(
+            [
+                keras.Input((6, 6, 1)),
+                layers.Conv2D(3, 3, trainable=trainable),
+                layers.Flatten(),
+                layers.Dense(2, name="dense"),
+            ]
+        )
+
+    moved = []
+    for trainable in (True, False):
+        model = make(
+            functools.partial(network, trainable),
+            "local_reparam",
+            population_size=10,
+            examples_population_size=6,
+        )
+        model.train_on_batch(x, y)
+        moved.append(model.get_layer("dense").get_weights())
+    for one, other in zip(*moved, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert populations == [{"member": 10, "example": 6}, {"example": 6}]
+
+
+def test_chunks_of_examples_population():
+    x, y = sequences((4, 8))
+    run = functools.partial(
+        make, attention, "local_reparam", examples_population_size=10
+    )
+    whole = trajectory(run(), x, y[:, :1])
+    cut = trajectory(run(chunk_size=4), x, y[:, :1])
+    np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("perturbation", ["local_reparam", "low_rank"])
+def test_one_trace_and_the_same_eagerly(perturbation):
+    x, y = sequences((4, 8))
+    graph = trajectory(make(attention, perturbation), x, y[:, :1])
+    eager = trajectory(
+        make(attention, perturbation, run_eagerly=True), x, y[:, :1]
+    )
+    np.testing.assert_allclose(eager, graph, rtol=1e-3, atol=1e-4)
+
+
+# --- low rank ---
+
+
+def everything():
+    """A kernel of each kind: embedding, einsum, recurrent, convolution."""
+    inputs = keras.Input((6,))
+    hidden = layers.Embedding(7, 8)(inputs)
+    hidden = layers.MultiHeadAttention(2, 4)(hidden, hidden)
+    hidden = layers.Conv1D(4, 3)(hidden)
+    hidden = layers.GRU(5)(hidden)
+    return keras.Model(inputs, layers.Dense(2)(hidden))
+
+
+def test_low_rank_draws_few_normals(monkeypatch):
+    """Per kernel its last axis and the product of the others; each bias."""
+    sizes = []
+    source = engine.Search._source
+
+    def noted(self, level, members, activations):
+        sizes.append(self.perturbations.at(level).noise_size)
+        return source(self, level, members, activations)
+
+    monkeypatch.setattr(engine.Search, "_source", noted)
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(0, 7, (24, 6)), rng.normal(size=(24, 2))
+    model = make(everything, "low_rank")
+    before = model.get_weights()
+    models.fit(model, ids, y)
+    want = sum(
+        np.prod(w.shape[:-1]) + w.shape[-1] if w.ndim > 1 else w.size
+        for w in before
+    )
+    assert set(sizes) == {want}
+    for a, b in zip(before, model.get_weights(), strict=True):
+        assert np.all(a != b)
+
+
+@pytest.mark.parametrize("structure", ["layerwise", "separable"])
+def test_factored_products_are_those_of_formed_kernels(structure, monkeypatch):
+    """Embedding, EinsumDense and Dense: with the products, and without."""
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(0, 7, (24, 6)), rng.normal(size=(24, 2))
+    factored = trajectory(
+        make(everything, "low_rank", structure=structure), ids, y
+    )
+    monkeypatch.setattr(layer_calls, "CLASSES", ())
+    formed = trajectory(
+        make(everything, "low_rank", structure=structure), ids, y
+    )
+    np.testing.assert_allclose(factored, formed, rtol=1e-3, atol=1e-4)
+
+
+def test_low_rank_of_minimize():
+    """f = sum w: E of low rank has mean 0; a kernel learns, and is one."""
+    kernel = keras.Variable(np.ones((5, 6), "float32"))
+    optimizer = keras_vo.VOOptimizer(
+        keras.optimizers.SGD(1.0),
+        population_size=4000,
+        perturbation="low_rank",
+        search_distribution=keras_vo.GaussianSearchDistribution(
+            "fixed", stddev=0.5
+        ),
+        natural_gradient=False,
+        fitness_shaping="identity",
+        seed=0,
+    )
+    seen = []
+
+    def objective(weights):
+        seen.append(weights[0].shape)
+        return tf.reduce_sum(weights[0] * tf.reshape(tf.range(30.0), [5, 6]))
+
+    tf.function(
+        lambda: optimizer.minimize(objective, [kernel]), autograph=False
+    )()
+    # dU/dmu = 0..29; the standard error of 4000 members is |t| / sqrt(4000).
+    error = np.sqrt((np.arange(30.0) ** 2).sum()) / 4000**0.5
+    change = 1 - kernel.numpy() - np.arange(30.0).reshape(5, 6)
+    assert np.abs(change).max() < 5 * 2 * error
+    assert seen[0] == (5, 6)
+
+
+# --- nothing of Keras's changes ---
+
+
+def test_layers_and_files_are_those_of_keras(tmp_path):
+    own = {cls: cls.call for cls in layer_calls.CLASSES}
+    x, y = sequences((4, 8))
+    model = make(attention, "local_reparam")
+    models.fit(model, x, y[:, :1])
+    assert {cls: cls.call for cls in layer_calls.CLASSES} == own
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.perturbation == "local_reparam"
+    for copy in (loaded, keras.models.clone_model(model)):
+        assert {
+            type(layer).__module__.split(".")[0] for layer in copy.layers
+        } == {"keras"}
+    models.fit(model, x, y[:, :1], epochs=1)
+    models.fit(loaded, x, y[:, :1], epochs=1)
+    models.assert_same_state(
+        models.search_state(model), models.search_state(loaded)
+    )
+
+
+def test_calls_in_other_threads_and_after_an_error():
+    own = layers.Dense.call
+    dense = layers.Dense(3)
+    x = np.ones((2, 4), "float32")
+    want = dense(x).numpy()
+    called, seen = [], []
+
+    def handler(layer, call, *args, **kwargs):
+        called.append(threading.get_ident())
+        return call(*args, **kwargs) + 1
+
+    with layer_calls.intercepted(handler):
+        other = threading.Thread(target=lambda: seen.append(dense(x).numpy()))
+        other.start()
+        other.join()
+        np.testing.assert_allclose(dense(x), want + 1)
+    np.testing.assert_array_equal(seen[0], want)
+    assert called == [threading.get_ident()]
+
+    def fails(*args, **kwargs):
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError), layer_calls.intercepted(fails):
+        dense(x)
+    assert layers.Dense.call is own
+
+
+def test_the_argument_is_checked():
+    with pytest.raises(
+        ValueError, match="`perturbation` must be one of .*Received: .*'local'"
+    ):
+        keras_vo.VOOptimizer(perturbation="local")
+    with pytest.raises(ValueError, match="`examples_population_size` .* even"):
+        keras_vo.VOOptimizer(examples_population_size=7)
+    optimizer = keras_vo.VOOptimizer(
+        perturbation="low_rank", examples_population_size=6
+    )
+    config = optimizer.get_config()
+    again = keras_vo.VOOptimizer.from_config(config)
+    assert again.get_config() == config
+
+
+@pytest.mark.parametrize(
+    "equation, rank",
+    [
+        ("abc,cd->abd", 2),  # of another rank
+        ("abc,abcd->abd", 3),  # an axis of all three
+        ("abc,cde->abd", 3),  # a sum over the kernel alone
+        ("abc,cd->ad", 3),  # and over the inputs alone
+        ("aab,bc->ac", 3),  # a diagonal
+        ("abc,cd->bad", 3),  # examples not first
+    ],
+)
+def test_equations_that_are_no_product_of_matrices(equation, rank):
+    assert Contraction.parse(equation, rank) is None
