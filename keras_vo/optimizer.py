@@ -34,8 +34,9 @@ __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
-# Of the step of an inner optimizer by name. docs/decisions/0034.
-_EXAMPLES_STEP = 0.25
+# Parts of the step of an inner optimizer by name, see `Settings`. Measured:
+# docs/decisions/0034-populations-by-level.md.
+_EXAMPLES_STEP = (0.5, 0.25)
 
 _PLAIN_MODEL = (
     "VOOptimizer evaluates a population of perturbed models, which the "
@@ -75,7 +76,8 @@ class VOOptimizer(SearchSteps):
             clipping act as they do on any gradient. A name stands for that
             optimizer with learning rate 0.02 (0.002 for a model that is
             trained already when `fit` begins), otherwise Keras's defaults;
-            weights with noise on activations take a quarter of each step.
+            weights with noise on activations take half of each step, or a
+            quarter beside weights with noise of their own.
         population_size: number N of members evaluated a step that have noise
             on their weights; even if `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:
@@ -279,7 +281,7 @@ class VOOptimizer(SearchSteps):
         return Settings(
             self.population_size,
             self.examples_population_size,
-            _EXAMPLES_STEP if self._inner_by_name else 1.0,
+            _EXAMPLES_STEP if self._inner_by_name else (1.0, 1.0),
             self.antithetic,
             self._shape_fitness,
             shaping_lib.is_loss_scaled(

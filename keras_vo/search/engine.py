@@ -284,8 +284,9 @@ class Search:
         Its gradient is far less noise: an optimizer that gives gradients their
         size itself (Adam) would go all of it in one direction.
         """
-        part = self.settings.examples_step
-        if part == 1 or EXAMPLE not in self.perturbations.levels:
+        levels = self.perturbations.levels
+        part = self.settings.examples_step[MEMBER in levels]
+        if part == 1 or EXAMPLE not in levels:
             return mean
         slow = set(self.perturbations.at(EXAMPLE).variables)
         layout = self.state.gaussian.layout

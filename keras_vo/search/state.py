@@ -73,7 +73,7 @@ class Settings:
         examples_population_size: number of those that are judged example by
             example, for each replica.
         examples_step: the part of the inner optimizer's step that is taken by
-            what is judged example by example.
+            what is judged example by example: alone, and beside what is not.
         antithetic: whether they come in mirrored pairs.
         shape: fitness shaping.
         loss_scaled: whether utilities have the scale of the losses.
@@ -85,7 +85,7 @@ class Settings:
 
     population_size: int
     examples_population_size: int
-    examples_step: float
+    examples_step: tuple[float, float]
     antithetic: bool
     shape: Shaping
     loss_scaled: bool
