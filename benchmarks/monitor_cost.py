@@ -52,7 +52,9 @@ def make_model(units, layer, population_size, variance):
     )
     model.compile(
         optimizer=keras_vo.VOOptimizer(
-            population_size=population_size, search_distribution=variance
+            population_size=population_size,
+            examples_population_size=population_size,
+            search_distribution=variance,
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )

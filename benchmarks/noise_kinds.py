@@ -53,6 +53,7 @@ KINDS = {
 
 def make_model(kind, units, **kwargs):
     keras.utils.set_random_seed(0)
+    kwargs["examples_population_size"] = kwargs["population_size"]
     layer = KINDS[kind]
     hidden = [layer(n, activation="relu") for n in units[1:-1]]
     model = keras_vo.VOSequential(

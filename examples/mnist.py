@@ -190,6 +190,7 @@ def make_model(steps):
                 min_stddev=FLAGS.min_stddev,
             ),
             fitness_shaping=FLAGS.fitness_shaping,
+            examples_population_size=FLAGS.population_size,
             seed=FLAGS.seed,
         )
     loss = {
@@ -234,7 +235,10 @@ class Curve(keras.callbacks.Callback):
         logits = self.model.predict(self.test[0], batch_size=1000, verbose=0)
         accuracy = np.mean(logits.argmax(-1) == self.test[1])
         # Backpropagation: a pass forward and two of its cost backward.
-        passes = 3 if FLAGS.backpropagation else FLAGS.population_size
+        passes = 3
+        if not FLAGS.backpropagation:  # convolutions have members of their own
+            both = FLAGS.network == "cnn" and FLAGS.dense == "local_reparam"
+            passes = FLAGS.population_size * (1 + both)
         self.points.append(
             {
                 "seconds": round(self.seconds, 2),

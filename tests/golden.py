@@ -796,6 +796,17 @@ model("replicas2-follow-mean", **WIDE, replicas=2, max_kl=50.0, **EXTRA)
 model("replicas2-batch-normalization", normalized, replicas=2, **EXTRA)
 model("replicas2-monitored", replicas=2, monitored=True, **EXTRA)
 
+# What the optimizer chooses for Keras's layers.
+model("chosen-local", perturbation="local_reparam")
+model(
+    "chosen-local-recurrent",
+    recurrent,
+    tokens,
+    perturbation="local_reparam",
+    **EXTRA,
+)
+model("chosen-low-rank-recurrent", recurrent, tokens, perturbation="low_rank")
+
 # Replicas that share a batch.
 SHARDED = {"replicas": 2, "sharded": True}
 model("sharded2-full-fitness", exchange="fitness", **SHARDED)
