@@ -9,15 +9,20 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_vo import layer_state
+from keras_vo import checks, layer_state
 from keras_vo.evaluation import per_example
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.evaluation.whole_batch import WholeBatch
 from keras_vo.keras_compat.losses import losses_as_returned
+from keras_vo.perturbations.automatic import entered
+from keras_vo.perturbations.local import LocalReparam
+from keras_vo.perturbations.scope import Recording
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.search.credit import EXAMPLE, MEMBER
 
 __all__ = ["LossesOfBatch"]
+
+_MANY = 7919  # a prime that no axis is likely to have
 
 
 class LossesOfBatch:
@@ -27,22 +32,67 @@ class LossesOfBatch:
         model: a compiled Keras model.
         data: x, y and sample_weight.
         state: what members start from, see `layer_state.snapshot`.
+        perturbation: the optimizer's. With "local_reparam", and for layers
+            that ask for it, `compute_loss` may return the losses of examples.
     """
 
     def __init__(
-        self, model: Any, data: tuple[Any, Any, Any], state: Any
+        self,
+        model: Any,
+        data: tuple[Any, Any, Any],
+        state: Any,
+        perturbation: str,
     ) -> None:
         self._model = model
         self._x, self._y, self._sample_weight = data
         self._state = state
-        self._by_example = False
+        self._by_example = perturbation == LocalReparam.name
         self._whole: WholeBatch | None = None
 
     def predict(self) -> Any:
         """The predictions of the model as it is, in training."""
+        return self._called(self._x)
+
+    def _called(self, x: Any) -> Any:
         if "training" in inspect.signature(self._model.call).parameters:
-            return self._model(self._x, training=True)
-        return self._model(self._x)
+            return self._model(x, training=True)
+        return self._model(x)
+
+    def leave_other_axes(self, recording: Recording) -> None:
+        """Leaves automatic calls whose first axis is not that of the examples.
+
+        The model is traced once more, for a batch of a size that nothing else
+        has: what has another one is not of examples, whatever its size is now.
+        (Where that can't be traced, or sizes are not known then, the step
+        itself compares them.)
+        """
+        if recording.perturbation != LocalReparam.name or not recording.claims:
+            return
+        trials: list[Recording] = []
+
+        def traced(x: Any) -> tf.Tensor:
+            trial = Recording(
+                recording.variables, recording.perturbation, recording.means
+            )
+            trials.append(trial)
+            with (
+                layer_state.unsynchronized(self._model),
+                keras.StatelessScope(self._state),
+                entered(trial),
+            ):
+                self._called(x)
+            return tf.zeros([])
+
+        try:
+            specs = keras.tree.map_structure(_for_many_examples, self._x)
+            tf.function(traced, autograph=False).get_concrete_function(specs)
+        except Exception:
+            return
+        for claim in trials[-1].claims.get(LocalReparam.name, ()):
+            if claim.outputs.shape[0] not in (None, _MANY):
+                recording.leave(
+                    claim.call, "its first axis is not that of the examples"
+                )
 
     def of(self, y_pred: Any) -> Any:
         """The loss of predictions, as `compute_loss` returns it."""
@@ -58,6 +108,12 @@ class LossesOfBatch:
                 sample_weight=self._sample_weight,
                 **kwargs,
             )
+
+    def reduced(self, loss: Any) -> tf.Tensor:
+        """A scalar, of what `of` returns."""
+        if self._by_example and tf.convert_to_tensor(loss).shape.rank == 1:
+            loss = tf.reduce_mean(loss)
+        return checks.checked_scalar(loss)
 
     def of_member(self, weights: list[tf.Tensor]) -> Any:
         """The loss of a member."""
@@ -78,9 +134,7 @@ class LossesOfBatch:
             keras.StatelessScope(values, collect_losses=True) as scope,
         ):
             y_pred = self.predict()
-            loss = self.of(y_pred)
-            if self._by_example:  # `compute_loss` may return those of examples
-                loss = tf.reduce_mean(loss)
+            loss = self.reduced(self.of(y_pred))
             if not by_example:
                 return loss
             per_example.check_no_added_losses(scope.losses)
@@ -157,3 +211,10 @@ class LossesOfBatch:
             [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
         )
         return tf.math.divide_no_nan(total, weight / examples)
+
+
+def _for_many_examples(inputs: Any) -> Any:
+    """What inputs are for `_MANY` examples."""
+    if inputs is None:
+        return None
+    return tf.TensorSpec([_MANY, *inputs.shape[1:]], inputs.dtype)

@@ -184,6 +184,9 @@ class VOOptimizer(SearchSteps):
         super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
         self._inner_by_name = isinstance(inner_optimizer, str)
+        self._examples_step = (
+            _EXAMPLES_STEP if self._inner_by_name else (1.0, 1.0)
+        )
         self.population_size = checks.checked_size(
             "population_size", population_size, antithetic
         )
@@ -281,7 +284,7 @@ class VOOptimizer(SearchSteps):
         return Settings(
             self.population_size,
             self.examples_population_size,
-            _EXAMPLES_STEP if self._inner_by_name else (1.0, 1.0),
+            self._examples_step,
             self.antithetic,
             self._shape_fitness,
             shaping_lib.is_loss_scaled(
@@ -314,6 +317,7 @@ class VOOptimizer(SearchSteps):
             ),
             "max_kl": self.max_kl,
             "perturbation": self.perturbation,
+            "examples_step": self._examples_step,  # the inner one is an object
             "examples_population_size": self.examples_population_size,
             "seed": self.seed,
             "chunk_size": self.chunk_size,
@@ -326,12 +330,16 @@ class VOOptimizer(SearchSteps):
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> VOOptimizer:
         config = dict(config)
+        step = config.pop("examples_step", None)
         for key, value in config.items():
             if isinstance(value, dict):
                 config[key] = keras.saving.deserialize_keras_object(
                     value, custom_objects=custom_objects
                 )
-        return cls(**config)
+        optimizer = cls(**config)
+        if step is not None:
+            optimizer._examples_step = tuple(step)
+        return optimizer
 
 
 def find_vo_optimizer(optimizer: Any) -> VOOptimizer | None:

@@ -96,11 +96,14 @@ class VOTrainStep(StepFunctions):
             self.trainable_variables, optimizer.perturbation, means
         )
         isolation = self._isolation(optimizer)
-        losses = LossesOfBatch(self, (x, y, sample_weight), state)
+        losses = LossesOfBatch(
+            self, (x, y, sample_weight), state, optimizer.perturbation
+        )
         with entered(recording), isolation.of_mean():
             y_pred = losses.predict()
             recording.end_of_call()
             loss = losses.of(y_pred)
+        losses.leave_other_axes(recording)
         settle(recording, isolation.read)
         isolation.check_read(recording.claimed)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
@@ -110,12 +113,12 @@ class VOTrainStep(StepFunctions):
         )
         example_weights: Any = 1.0
         if EXAMPLE in levels(recording):
-            some_input = densified(inputs[0])
+            some_input = _row_for_each_example(inputs[0])
             check_batch(recording, some_input)
             example_weights = losses.judge_examples(
                 y_pred, some_input, isolation
             )
-            loss = tf.reduce_mean(loss)
+        loss = losses.reduced(loss)
         report = optimizer.take_step(
             losses.of_member,
             self.trainable_variables,
@@ -244,3 +247,10 @@ class VOTrainStep(StepFunctions):
                 f"Received: optimizer={self.optimizer!r}"
             )
         return optimizer
+
+
+def _row_for_each_example(inputs: Any) -> tf.Tensor:
+    """A tensor with a row for each example of inputs of any kind."""
+    if isinstance(inputs, tf.RaggedTensor):
+        return tf.zeros([inputs.nrows()])
+    return densified(inputs)

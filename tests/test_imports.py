@@ -49,7 +49,9 @@ ROOMS = {
     "model_files": None,
     "step_functions": None,
     "losses_of_batch": {
+        "checks",
         "evaluation",
+        "perturbations",
         "keras_compat",
         "layer_state",
         "replicas",

@@ -347,12 +347,42 @@ class OwnProduct(layers.Dense):
         return keras.ops.matmul(inputs, self.kernel) + self.bias
 
 
+class Positions(layers.Layer):
+    """Adds what an embedding has for each position, as Keras's examples do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = layers.Embedding(8, 4)
+
+    def call(self, inputs):
+        count = inputs.shape[1]
+        added = self.table(keras.ops.arange(count))
+        return keras.ops.reshape(inputs, (-1, count, 1)) + added
+
+
+class Folded(layers.Layer):
+    """Dense over examples and positions in one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4)
+
+    def build(self, shape):
+        self.dense.build((None, 2))
+
+    def call(self, inputs):
+        rows = self.dense(keras.ops.reshape(inputs, (-1, 2)))
+        return keras.ops.reshape(rows, (-1, 8))
+
+
 LEFT = {
     "regularizer": lambda: [regularized()],
     "constraint": lambda: [constrained()],
     "tied": lambda: [Tied()],
     "loop": lambda: [layers.Reshape((2, 2)), layers.SimpleRNN(5)],
     "own call": lambda: [OwnProduct(5)],
+    "position embedding": lambda: [Positions(), layers.Flatten()],
+    "folded": lambda: [Folded()],
     "batch normalization": lambda: [
         layers.Dense(5),
         layers.BatchNormalization(scale=False, center=False),
@@ -366,7 +396,7 @@ def test_what_keeps_noise_on_its_weights(name, eagerly, populations):
     """Alone, it is trained as by perturbation="full"; before a Dense, both."""
     x, y = sequences((4,))
     shape, sizes = (4,), {"population_size": 10, "examples_population_size": 6}
-    y = np.tile(y, [1, 3])
+    y = np.tile(y, [1, 8])
 
     def alone():
         return keras.Sequential([keras.Input(shape), *LEFT[name]()])
@@ -415,6 +445,89 @@ def test_what_is_left_is_logged_once(monkeypatch):
     for _ in range(2):
         models.fit(model, x, y, epochs=1)
     assert said == [(model.layers[0].name, "its weights have a regularizer")]
+
+
+def test_first_axes_that_have_the_size_of_the_batch(populations):
+    """4 positions, 4 examples: the embedding is no one's all the same."""
+    x, y = sequences((4,))
+    model = make(lambda: ended(keras.Input((4,)), Positions()), "local_reparam")
+    models.fit(model, x[:4], y[:4], batch_size=4)
+    assert populations == [{"member": 8, "example": 8}]
+
+
+def test_a_layer_of_two_calls_one_of_which_has_many_positions(populations):
+    def network():
+        short, long = keras.Input((4,)), keras.Input((100, 4))
+        dense = layers.Dense(3)
+        pooled = layers.GlobalAveragePooling1D()(dense(long))
+        return keras.Model([short, long], dense(short) + pooled)
+
+    rng = np.random.default_rng(0)
+    short, long = rng.normal(size=(24, 4)), rng.normal(size=(24, 100, 4))
+    y = rng.normal(size=(24, 3))
+    models.fit(make(network, "local_reparam"), [short, long], y)
+    assert populations == [{"member": 8}]
+
+
+def test_ids_below_zero_are_those_from_the_end():
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(0, 7, (24, 3)), rng.normal(size=(24, 2))
+    for perturbation in ("local_reparam", "low_rank"):
+        runs = [
+            trajectory(
+                make(
+                    lambda: ended(keras.Input((3,)), layers.Embedding(7, 5)),
+                    perturbation,
+                ),
+                i,
+                y,
+            )
+            for i in (ids, ids - 7)
+        ]
+        np.testing.assert_array_equal(*runs)
+
+
+def test_masks_that_a_later_layer_does_not_know(populations):
+    """A mean over all positions: those of the mask move the weights, too."""
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(1, 7, (24, 3)), rng.normal(size=(24, 2))
+    ids[:, -1] = 0
+
+    class Mean(layers.Layer):
+        def call(self, inputs):
+            return keras.ops.mean(inputs, 1)
+
+    def network(mask_zero):
+        return lambda: keras.Sequential(
+            [
+                keras.Input((3,)),
+                layers.Embedding(7, 8, mask_zero=mask_zero),
+                layers.Dense(5, activation="relu"),
+                Mean(),
+                layers.Dense(2),
+            ]
+        )
+
+    with pytest.warns(UserWarning, match="destroy the mask"):
+        masked = trajectory(make(network(True), "local_reparam"), ids, y)
+    plain = trajectory(make(network(False), "local_reparam"), ids, y)
+    np.testing.assert_allclose(masked, plain, rtol=1e-5, atol=1e-6)
+
+
+class ConvolutionWithLosses(keras_vo.VOModel):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return tf.reduce_mean(tf.square(y - y_pred), -1)
+
+
+def test_losses_of_examples_where_no_layer_is_covered(populations):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(24, 5, 3)), rng.normal(size=(24, 2))
+    inputs = keras.Input((5, 3))
+    outputs = layers.GlobalAveragePooling1D()(layers.Conv1D(2, 3)(inputs))
+    model = ConvolutionWithLosses(inputs, outputs)
+    model.compile(optimizer=models.make_optimizer(perturbation="local_reparam"))
+    models.fit(model, x, y)
+    assert populations == [{"member": 8}]
 
 
 # --- populations ---
@@ -475,6 +588,69 @@ def test_one_trace_and_the_same_eagerly(perturbation):
         make(attention, perturbation, run_eagerly=True), x, y[:, :1]
     )
     np.testing.assert_allclose(eager, graph, rtol=1e-3, atol=1e-4)
+
+
+def test_part_of_a_step_by_default():
+    """Half of it where all is judged by examples, a quarter beside others."""
+    rng = np.random.default_rng(0)
+    x, y = (
+        rng.normal(size=(8, 6, 6, 1)).astype("float32"),
+        rng.normal(size=(8, 2)),
+    )
+
+    def moved(inner, *first):
+        model = keras_vo.VOSequential(
+            [keras.Input((6, 6, 1)), *first, layers.Flatten(), layers.Dense(2)]
+        )
+        model.compile(
+            optimizer=keras_vo.VOOptimizer(
+                inner, 10, perturbation="local_reparam", seed=1
+            ),
+            loss="mse",
+        )
+        generator = np.random.default_rng(1)
+        before = [  # biases that are not 0 would look trained
+            generator.normal(size=w.shape) * (w.ndim > 1)
+            for w in model.get_weights()
+        ]
+        model.set_weights(before)
+        before = model.get_weights()
+        model.train_on_batch(x, y)
+        after = zip(before, model.get_weights(), strict=True)
+        return [b - a for a, b in after]
+
+    rate = keras_vo.VOOptimizer("sgd").learning_rate
+    for first, parts in {
+        (): [0.5, 0.5],
+        (layers.Conv2D(3, 3),): [1, 1, 0.25, 0.25],
+    }.items():
+        copies = [type(f).from_config(f.get_config()) for f in first]
+        named = moved("sgd", *first)
+        given = moved(keras.optimizers.SGD(float(rate)), *copies)
+        for one, other, part in zip(named, given, parts, strict=True):
+            assert np.abs(other).max() > 0
+            np.testing.assert_allclose(one, part * other, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_layers_of_more_outputs_than_weights(steps, populations):
+    """A Dense of 4 inputs, at 3 positions or at 20."""
+    x, y = sequences((steps, 4))
+
+    def network():
+        return keras.Sequential(
+            [
+                keras.Input((steps, 4)),
+                layers.Dense(5, activation="relu"),
+                layers.LayerNormalization(),
+                layers.GlobalAveragePooling1D(),
+                layers.Dense(2),
+            ]
+        )
+
+    models.fit(make(network, "local_reparam"), x, y)
+    few = {3: {"example": 8}, 20: {"member": 8, "example": 8}}
+    assert populations == [few[steps]]
 
 
 # --- low rank ---
@@ -577,6 +753,23 @@ def test_layers_and_files_are_those_of_keras(tmp_path):
         } == {"keras"}
     models.fit(model, x, y[:, :1], epochs=1)
     models.fit(loaded, x, y[:, :1], epochs=1)
+    models.assert_same_state(
+        models.search_state(model), models.search_state(loaded)
+    )
+
+
+def test_a_loaded_model_takes_the_same_part_of_steps(tmp_path):
+    x, y = sequences((4,))
+    model = keras_vo.VOSequential([keras.Input((4,)), layers.Dense(2)])
+    model.compile(
+        optimizer=keras_vo.VOOptimizer(perturbation="local_reparam", seed=1),
+        loss="mse",
+    )
+    models.fit(model, x, y, epochs=1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for one in (model, loaded):
+        models.fit(one, x, y, epochs=1)
     models.assert_same_state(
         models.search_state(model), models.search_state(loaded)
     )

@@ -254,6 +254,28 @@ def test_sample_weights():
     np.testing.assert_allclose(*states, rtol=1e-3, atol=1e-4)
 
 
+def test_masks_of_outputs():
+    """As without one: one number for all is not one for each, masked or not."""
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(1, 7, (24, 3)), rng.normal(size=(24, 3, 2))
+    states = []
+    for mask_zero in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras_vo.VOSequential(
+            [
+                keras.Input((3,)),
+                layers.Embedding(7, 4, mask_zero=mask_zero),
+                layers.Dense(2),
+            ]
+        )
+        model.compile(
+            optimizer=models.make_optimizer(perturbation="local_reparam"),
+            loss=mean_squares,
+        )
+        states.append(losses(model, ids, y))
+    np.testing.assert_allclose(*states, rtol=1e-3, atol=1e-4)
+
+
 def macro_f1_of_numpy(y_true, y_pred):
     return tf.numpy_function(
         lambda y, p: np.float32(macro_f1(y.ravel().astype(int), p, 3)),

@@ -76,9 +76,9 @@ class ExampleLoss:
             ValueError: it has no value for each example.
         """
         arguments = (y_true, y_pred, sample_weight)
+        ones = _Ones(self._loss)
+        weights = _unreduced(ones, arguments)
         values = _unreduced(self._loss, arguments)
-        if values.shape.rank == 0:
-            raise OfWholeBatch
         if self._inputs is not None:
             checks.check_batch(
                 values,
@@ -87,8 +87,6 @@ class ExampleLoss:
                 f"example or for the batch, which {self._loss.name!r} has "
                 "not.",
             )
-        ones = _Ones(self._loss)
-        weights = _unreduced(ones, arguments)
         # The reduction divides by the batch, the valid positions, ...
         reduced = tf.reduce_mean(ones(*arguments))
         scale = tf.math.divide_no_nan(reduced, tf.reduce_mean(weights))
@@ -97,7 +95,11 @@ class ExampleLoss:
 
 
 class _Ones(keras.losses.Loss):
-    """1 in place of each value of `loss`; weighted, masked, reduced alike."""
+    """1 in place of each value of `loss`; weighted, masked, reduced alike.
+
+    Called, it raises `OfWholeBatch` if there is one value: with weights or a
+    mask, that would be one for each example.
+    """
 
     def __init__(self, loss: Any) -> None:
         super().__init__(reduction=loss.reduction, dtype=loss.dtype)
@@ -105,6 +107,8 @@ class _Ones(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = keras.ops.convert_to_tensor(self._of.call(y_true, y_pred))
+        if not values.shape.rank:  # unknown: of a program
+            raise OfWholeBatch
         # A mask is that of `ignore_class`, say.
         return keeps_mask(tf.ones_like(values), mask_of(values))
 

@@ -30,7 +30,8 @@ from keras_vo.keras_compat.losses import keeps_mask, mask_of
 
 __all__ = ["WholeBatch"]
 
-# Numbers of predictions, over the examples that are replaced at once.
+# Numbers of predictions, or of pairs of examples, over the examples that are
+# replaced at once.
 _NUMBERS_AT_ONCE = 2**20
 
 
@@ -126,6 +127,7 @@ class WholeBatch:
                 parallel_iterations=1,
             )
         numbers = tf.add_n([tf.size(t) for t in keras.tree.flatten(member)])
+        numbers = tf.maximum(numbers, self.examples**2)  # a loss of pairs
         at_once = tf.clip_by_value(
             _NUMBERS_AT_ONCE // tf.maximum(numbers, 1),
             1,

@@ -36,7 +36,8 @@ def entered(entering: scope.Recording | scope.Evaluation) -> Iterator[None]:
     """Makes a scope the current one, for layers of Keras too."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(scope.entered(entering))
-        if entering.perturbation != "full":
+        shares = getattr(entering, "shares_weights", False)
+        if entering.perturbation != "full" or shares:
             stack.enter_context(intercepted(_perturbed))
         yield
 
@@ -49,16 +50,22 @@ def _perturbed(
     if current is None or not args:
         return own(*args, **kwargs)
     if isinstance(current, scope.Recording) and _mixes_examples(
-        layer, *args[1:], **kwargs
+        layer, *args, **kwargs
     ):
         _leave_what_is_before(args[0], current)
     kind = registry.get(current.perturbation)
     call, outputs = None, None
-    if _is_searched(layer, current):
+    shares = getattr(current, "shares_weights", False)
+    if _is_plain(layer) and (
+        _is_searched(layer, current)
+        or (shares and isinstance(layer, keras.layers.Dense))
+    ):
         make = next(f for cls, f in _CALLS.items() if isinstance(layer, cls))
         call = make(layer, own, current.read, args, kwargs)
     if call is not None and isinstance(call, kind.automatic):
         outputs = current.call(kind, call)
+    if outputs is None and shares and isinstance(call, DenseCall):
+        outputs = call.plain()  # right for an empty batch, see there
     if outputs is None:
         return own(*args, **kwargs)
     activation = getattr(layer, "activation", None)
@@ -75,25 +82,28 @@ def _leave_what_is_before(inputs: Any, current: scope.Recording) -> None:
             current.leave(call, "a BatchNormalization is behind it")
 
 
+def _is_plain(layer: Any) -> bool:
+    """Whether its kernel is all there is: no LoRA, not quantized."""
+    return not (
+        getattr(layer, "lora_enabled", False)
+        or getattr(layer, "quantization_mode", None)
+    )
+
+
 def _is_searched(layer: Any, current: Any) -> bool:
-    """Whether the layer has a kernel that is searched over, as it is."""
-    if getattr(layer, "lora_enabled", False) or getattr(
-        layer, "quantization_mode", None
-    ):
-        return False
+    """Whether the layer has a kernel that is searched over."""
     kernels = [getattr(layer, n) for n in _KERNELS if hasattr(layer, n)]
     return any(
         isinstance(k, keras.Variable) and current.searches(k) for k in kernels
     )
 
 
-def _mixes_examples(layer: Any, training: Any = None, mask: Any = None) -> bool:
+def _mixes_examples(layer: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether a layer computes with statistics of the batch."""
-    return (
-        isinstance(layer, keras.layers.BatchNormalization)
-        and training is not False
-        and layer.trainable
-    )
+    if not isinstance(layer, keras.layers.BatchNormalization):
+        return False
+    training = args[1] if len(args) > 1 else kwargs.get("training")
+    return layer.trainable and training is not False
 
 
 def _dense(
@@ -134,11 +144,15 @@ def _embedding(
     if isinstance(args[0], tf.SparseTensor):
         return None
     inputs = tf.convert_to_tensor(args[0])
+    if not inputs.dtype.is_integer:
+        inputs = tf.cast(inputs, tf.int32)
+    rows = tf.constant(layer.input_dim, inputs.dtype)
+    inputs = tf.where(inputs < 0, inputs + rows, inputs)  # as in Keras
     return LookupCall(
         layer.name,
         layer.embeddings,
         None,
-        inputs if inputs.dtype.is_integer else tf.cast(inputs, tf.int32),
+        inputs,
         automatic=True,
         read=read,
         dtype=layer.compute_dtype,

@@ -8,7 +8,7 @@ member: they depend on its noise in earlier layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
@@ -135,7 +135,9 @@ class LocalReparam(Perturbation):
             placement.check_weights(call.name, [call.kernel, bias])
         plain = call.plain()
         outputs = call.flatten(plain)
-        mask = mask_of(call.inputs)
+        # What an automatic call computes where a mask is may be read by a
+        # layer that knows of no masks.
+        mask = None if call.automatic else mask_of(call.inputs)
         if mask is not None and mask.shape.rank != outputs.shape.rank - 1:
             mask = None
         claim = _Claim(call, bias, plain, outputs, mask)
@@ -156,25 +158,11 @@ class LocalReparam(Perturbation):
     @classmethod
     def settled(cls, claims: Sequence[Any], recording: Recording) -> list[Any]:
         """All but automatic ones that can't be kept, or would not pay."""
-        kept = []
-        for claim in claims:
-            reason = placement.why_left(
-                claim.variables, claim.outputs, recording
-            )
-            if reason is None or not claim.call.automatic:
-                kept.append(claim)
-            else:
-                placement.announce(claim.call.name, reason)
+        kept = _without(claims, lambda c: placement.why_left(c, recording))
         covered = {id(v) for claim in kept for v in claim.variables}
         if all(id(v) in covered for v in recording.variables):
             return kept
-        # There are members with noise on weights anyway.
-        return [
-            claim
-            for claim in kept
-            if not claim.call.automatic
-            or not placement.has_many_positions(claim.variables, claim.outputs)
-        ]
+        return _without(kept, placement.why_dear)
 
     @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
@@ -329,6 +317,24 @@ class LocalReparam(Perturbation):
         if index == self._sites[number][0][0]:
             return self._claims[number].call.unmatrix(values)
         return tf.reshape(values, self._shapes[index])
+
+
+def _without(
+    claims: Sequence[_Claim], why: Callable[[_Claim], str | None]
+) -> list[_Claim]:
+    """All but automatic claims that there is a reason against, and those of
+    the same variables.
+    """
+    left: set[int] = set()
+    for claim in claims:
+        if claim.call.automatic and (reason := why(claim)) is not None:
+            placement.announce(claim.call.name, reason)
+            left.update(map(id, claim.variables))
+    return [
+        claim
+        for claim in claims
+        if not claim.call.automatic or left.isdisjoint(map(id, claim.variables))
+    ]
 
 
 def _size(tensor: tf.Tensor) -> Any:

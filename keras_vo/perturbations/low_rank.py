@@ -299,6 +299,10 @@ def _is_factored(call: LayerCall, stddev: tf.Tensor) -> bool:
     """Whether a product is written that needs no perturbed kernel."""
     if isinstance(call, DenseCall):
         return True
+    if isinstance(call, EinsumCall):
+        # With the last axis contracted, x A would be an outer product.
+        last = call.contraction.kernel[-1]
+        return stddev.shape.rank == 0 and last in call.contraction.outputs
     return type(call) in _PRODUCTS and stddev.shape.rank == 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import tensorflow as tf
 from absl import logging as absl_logging
 
 from keras_vo.constraints import constraint_of
@@ -24,7 +23,7 @@ __all__ = [
     "announce",
     "check_place",
     "check_weights",
-    "has_many_positions",
+    "why_dear",
     "why_left",
     "why_not",
 ]
@@ -63,35 +62,37 @@ def why_not(call: LayerCall, bias: Any, recording: Recording) -> str | None:
     return None
 
 
-def why_left(
-    variables: Sequence[Any], outputs: tf.Tensor, recording: Recording
-) -> str | None:
+def why_left(claim: Any, recording: Recording) -> str | None:
     """Why a claim is not kept after the mean network's pass; `None`: it is.
 
     Args:
-        variables: of the call, its kernel first.
-        outputs: [batch, ..., units].
+        claim: with `variables`, the kernel first, and `outputs`
+            [batch, ..., units].
         recording: of that pass.
     """
-    for variable in variables:
+    for variable in claim.variables:
         if id(variable) in recording.left:
             return recording.left[id(variable)]
-    if len(variables[0].shape) > 1 and has_many_positions(variables, outputs):
-        return "it has many positions for its weights"
-    return None
+    return None if len(claim.variables[0].shape) == 1 else why_dear(claim)
 
 
-def has_many_positions(variables: Sequence[Any], outputs: tf.Tensor) -> bool:
-    """Whether an example has far more outputs than the kernel has weights.
+def why_dear(claim: Any) -> str | None:
+    """Why a claim would have more noise than its weights; `None`: it has not.
 
     The gradient of noise on outputs has a variance of their number, that of
-    noise on weights has one of theirs.
+    noise on weights has one of theirs. A scale always has more outputs: it is
+    asked where there are members with noise on weights anyway.
+
+    Args:
+        claim: see `why_left`.
     """
-    size = outputs.shape[1:].num_elements()
+    size = claim.outputs.shape[1:].num_elements()
     if size is None:
-        size = _UNKNOWN_POSITIONS * outputs.shape[-1]
-    weights = variables[0].shape.num_elements()
-    return bool(size > _MOST_OUTPUTS * weights)
+        size = _UNKNOWN_POSITIONS * claim.outputs.shape[-1]
+    weights = claim.variables[0].shape.num_elements()
+    if size > _MOST_OUTPUTS * weights:
+        return "an example has more of its outputs than it has weights"
+    return None
 
 
 def _is_in_loop(call: LayerCall, recording: Recording) -> bool:

@@ -71,6 +71,7 @@ class Recording:
 
     Attributes:
         variables: those.
+        means: those.
         perturbation: that.
         claims: what is perturbed, by kind.
         graph: in which the model is called; `None`: eagerly.
@@ -87,6 +88,7 @@ class Recording:
         means: Sequence[tf.Tensor] | None = None,
     ) -> None:
         self.variables = list(variables)
+        self.means = means
         self.perturbation = perturbation
         self.claims: dict[str, list[Any]] = {}
         self.graph = current_graph()
@@ -164,9 +166,12 @@ class Evaluation:
         perturbations: of all variables.
         states: of the member, one for each perturbation.
         sources: all tensors of the member's noise.
+        shares_weights: whether weights are the same for all members, but for
+            those of `perturbations`.
 
     Attributes:
         sources: those.
+        shares_weights: that.
         perturbation: the kind that the optimizer chooses for all layers.
     """
 
@@ -176,7 +181,9 @@ class Evaluation:
         perturbations: Sequence[Perturbation],
         states: Sequence[Any],
         sources: Sequence[tf.Tensor],
+        shares_weights: bool,
     ) -> None:
+        self.shares_weights = shares_weights
         self._recording = recording
         self.perturbation = recording.perturbation
         self._states = {

@@ -106,6 +106,7 @@ class PerturbationsOfLevel:
                 self._kinds,
                 states,
                 [noise.weights, *noise.activations],
+                self.noise_size == 0,
             )
             with entered(evaluation):
                 losses = objective(self._as_variables(weights))
