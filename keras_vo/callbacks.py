@@ -66,7 +66,7 @@ class SearchMonitor(keras.callbacks.Callback):
 
     A step without a finite loss moves nothing: its `kl` is 0, and NaN stands
     for its utilities and its gradient. NaN are the cosine of the first step
-    and the SNR of a single direction, too; with `LocalReparamDense` the SNR is
+    and the SNR of a single direction, too; with noise on activations the SNR is
     measured in one of eight steps. Means over an epoch leave NaN out.
 
     The numbers are computed within the step; nothing else about it changes,

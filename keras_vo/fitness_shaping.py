@@ -5,8 +5,9 @@ only has to keep the order (a higher loss, a higher utility) and the sum 0;
 the choice trades the size of the loss for robustness to its scale and to
 outliers. Equal losses get equal utilities.
 
-Losses are [N], one a member, or [N, batch], one a member and example; each
-example is then shaped on its own, over the members.
+Losses are [N], one a member. (Columns of losses [N, batch] are shaped each on
+its own. The losses of examples are not shaped so in a search: see
+`keras_vo.search.example_credit`.)
 
 A member whose loss is not finite gets the worst utility: the highest finite
 loss stands in for it here, and it ranks behind every finite loss. If no loss
@@ -204,12 +205,6 @@ def is_loss_scaled(
 
 
 def _checked(shaping: Shaping, losses: tf.Tensor) -> tf.Tensor:
-    if losses.shape.rank == 2:  # one example after another
-        return tf.transpose(
-            tf.map_fn(
-                functools.partial(_checked, shaping), tf.transpose(losses)
-            )
-        )
     safe = _worst_finite_for_non_finite(losses)
     utilities = tf.convert_to_tensor(shaping(safe))
     if utilities.shape != losses.shape:

@@ -70,13 +70,19 @@ class LocalReparamDense(PerturbedDense):
     the weights and for sigma, are in
     `keras_vo.search.local_reparameterization`.
 
-    This needs a loss with a value for each example: a loss whose `reduction`
-    is a mean or a sum over the batch (Keras's are), or a `compute_loss` that
-    returns a tensor [batch]. Losses of the whole batch only (`add_loss`,
-    activity regularizers, F1 over the batch) and regularizers of this layer's
-    own weights are refused, as no gradient would come of them; for weight
-    decay, set `weight_decay` of the inner optimizer. Constraints of its
-    weights are refused too: no member has weights of its own.
+    An example's credit is its own loss, of a loss whose `reduction` is a mean
+    or a sum over the batch (Keras's are) or a `compute_loss` that returns a
+    tensor [batch]. Of a loss with one number for the batch (F1 over the batch)
+    it is that of the batch in which the example alone is perturbed: see
+    `keras_vo.evaluation.whole_batch`. `add_loss`, activity regularizers and
+    regularizers of this layer's own weights are refused, as no gradient would
+    come of them; for weight decay, set `weight_decay` of the inner optimizer.
+    Constraints of its weights are refused too: no member has weights of its
+    own. (`VOOptimizer(perturbation="local_reparam")` perturbs layers of Keras
+    alike, and leaves those where that is not possible.)
+
+    Members with noise on activations have no noise on weights: they are
+    another population, of `examples_population_size` members.
 
     Everywhere but in the evaluation of a population (inference, metrics of
     `fit`, `.keras` files, SavedModels) it is `keras.layers.Dense`, with the

@@ -94,7 +94,7 @@ class VOOptimizer(SearchSteps):
             finite losses [N] to utilities [N] (higher for a higher loss). It
             is called with losses of its own when the optimizer is built, to
             see whether utilities have the scale of the losses.
-            The losses of single examples (see `LocalReparamDense`) are not
+            The losses of single examples (see `perturbation`) are not
             shaped: less what they are in the other members, they are divided
             by one scale for all examples; by none where utilities have the
             scale of the losses.
@@ -130,7 +130,7 @@ class VOOptimizer(SearchSteps):
             depend on it; lower it where the activations of a chunk take too
             much memory.
         memory_budget: bytes for noise, perturbed weights, and activations
-            that `LocalReparamDense` perturbs. Within it noise is kept for the
+            that are perturbed. Within it noise is kept for the
             gradient, otherwise drawn a second time; and members with
             perturbed activations are evaluated once, otherwise twice. At
             least one member's weights must exist, so a model larger than the
@@ -139,8 +139,8 @@ class VOOptimizer(SearchSteps):
             `"fitness"`: the losses only; each machine draws all noise and
             sums the gradient itself. `"gradient"`: the losses, and the
             gradients that replicas sum over their own members. `"auto"`: what
-            `keras_vo.exchange.CostModel` finds cheaper. `LocalReparamDense`
-            layers exchange their gradient in any case.
+            `keras_vo.exchange.CostModel` finds cheaper. What has noise on
+            activations exchanges its gradient in any case.
         name: name of the optimizer.
 
     Raises:

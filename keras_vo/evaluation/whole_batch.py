@@ -32,7 +32,7 @@ __all__ = ["WholeBatch"]
 
 # Numbers of predictions, or of pairs of examples, over the examples that are
 # replaced at once.
-_NUMBERS_AT_ONCE = 2**20
+_NUMBERS_AT_ONCE = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
