@@ -288,9 +288,12 @@ def check_batch(values: tf.Tensor, inputs: tf.Tensor, requirement: str) -> None:
         ValueError: it has not; where only running the step tells, an
             InvalidArgumentError then.
     """
+    size = "of the size of the batch"
+    if inputs.shape[0] is not None:
+        size = f"of size {inputs.shape[0]}"
     message = (
-        f"{requirement} Expected: a first axis of size {inputs.shape[0]}, as "
-        f"the model's inputs. Received: shape {tuple(values.shape)}"
+        f"{requirement} Expected: a first axis {size}, as the model's inputs. "
+        f"Received: shape {tuple(values.shape)}"
     )
     if not values.shape[:1].is_compatible_with(inputs.shape[:1]):
         raise ValueError(message)

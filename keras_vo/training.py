@@ -125,7 +125,7 @@ class VOTrainStep(StepFunctions):
             by_example=losses.of_examples,
             means=means,
             recording=recording,
-            baseline=(loss := checks.checked_scalar(loss)),
+            baseline=loss,
             example_weights=example_weights,
             examples=examples,
             isolation=isolation,

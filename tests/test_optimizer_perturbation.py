@@ -381,6 +381,9 @@ LEFT = {
     "tied": lambda: [Tied()],
     "loop": lambda: [layers.Reshape((2, 2)), layers.SimpleRNN(5)],
     "own call": lambda: [OwnProduct(5)],
+    "assigned in a call": lambda: [
+        layers.SpectralNormalization(layers.Dense(5))
+    ],
     "position embedding": lambda: [Positions(), layers.Flatten()],
     "folded": lambda: [Folded()],
     "batch normalization": lambda: [
@@ -651,6 +654,19 @@ def test_layers_of_more_outputs_than_weights(steps, populations):
     models.fit(make(network, "local_reparam"), x, y)
     few = {3: {"example": 8}, 20: {"member": 8, "example": 8}}
     assert populations == [few[steps]]
+
+
+@pytest.mark.parametrize("perturbation", ["local_reparam", "low_rank"])
+def test_two_replicas(perturbation):
+    """They have shards of 4 and 4, then of 1 and 1; and the same weights."""
+    x, y = sequences((4, 8), 10)
+    with models.mirrored(2).scope():
+        model = make(attention, perturbation)
+    history = models.fit(model, x, y[:, :1], epochs=8)["loss"]
+    assert history[-1] < history[0]
+    for variable in model.trainable_variables:
+        first, second = variable.value.values
+        np.testing.assert_array_equal(first, second)
 
 
 # --- low rank ---

@@ -7,11 +7,9 @@ member's kernel is formed for it.
 from __future__ import annotations
 
 import dataclasses
-import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
 import tensorflow as tf
 
 from keras_vo.constraints import constraint_of
@@ -254,26 +252,28 @@ def _einsum_product(
     left: tf.Tensor,
     right: tf.Tensor,
 ) -> tf.Tensor:
-    """y = einsum of x with W, plus that of x, A and B: first of x and A."""
+    """x W + (x A^T) B: of the units' axes, B has the last and A the others.
+
+    By products of matrices: oneDNN's Einsum has written beyond its memory here
+    (TensorFlow 2.21, two replicas).
+    """
     c, shape = call.contraction, call.kernel.shape
-    shared = keras.ops.einsum(
-        f"{c.inputs},{c.kernel}->{c.outputs}",
-        call.inputs,
-        tf.reshape(mean, shape),
+    arranged = call.arranged
+    rows = tf.reshape(arranged, [-1, arranged.shape[-1]])
+    shared = tf.matmul(rows, c.matrix(tf.reshape(mean, shape)))
+    factor = tf.reshape(stddev * scaled(left), [-1, *shape[:-1]])
+    order = [1 + c.kernel.index(axis) for axis in c.contracted + c.units[:-1]]
+    factor = tf.reshape(
+        tf.transpose(factor, [*order, 0]), [arranged.shape[-1], -1]
     )
-    rank = next(x for x in string.ascii_letters if x not in c.inputs + c.kernel)
-    first, last = c.kernel[:-1], c.kernel[-1]
-    between = "".join(
-        x for x in c.inputs + first if x in c.outputs or x == last
+    inner = tf.reshape(tf.matmul(rows, factor), [-1, left.shape[-2]])
+    noise = tf.reshape(tf.matmul(inner, right), [-1, shared.shape[-1]])
+    leading = tf.shape(arranged)[:-1]
+    outputs = tf.reshape(
+        shared + noise, tf.concat([leading, [shared.shape[-1]]], axis=0)
     )
-    rows = tf.reshape(stddev * scaled(left), [-1, *shape[:-1]])
-    inner = tf.einsum(
-        f"{c.inputs},{rank}{first}->{between}{rank}", call.inputs, rows
-    )
-    noise = tf.einsum(
-        f"{between}{rank},{rank}{last}->{c.outputs}", inner, right
-    )
-    return shared + noise
+    static = [*arranged.shape[:-1], shared.shape[-1]]
+    return c.restore(tf.ensure_shape(outputs, static), shape)
 
 
 def _lookup_product(

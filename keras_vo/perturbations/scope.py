@@ -102,9 +102,15 @@ class Recording:
 
     def read(self, variable: Any) -> Any:
         """The value of a variable that a layer asks for by a claim."""
-        self.claimed |= {
-            i for i, v in enumerate(self.variables) if v is variable
-        }
+        for index, (known, before) in enumerate(
+            zip(self.variables, self._uses, strict=True)
+        ):
+            if known is variable:
+                self.claimed.add(index)
+                # Something else has to do with it, and may have changed it:
+                # no claim will be kept.
+                if graph_ops.uses(variable) > before:
+                    return variable
         return self._means.get(id(variable), variable)
 
     def leave(self, call: LayerCall, reason: str) -> None:
