@@ -76,8 +76,9 @@ def mlp(layer=layers.Dense):
     )
 
 
-@pytest.mark.parametrize("structure", ["layerwise", "separable"])
-@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize(
+    "structure, eagerly", [("layerwise", True), ("separable", False)]
+)
 @pytest.mark.parametrize(
     "perturbation, layer",
     [("local_reparam", LocalReparamDense), ("low_rank", LowRankDense)],
@@ -160,8 +161,17 @@ EINSUMS = {
 }
 
 
-@pytest.mark.parametrize("structure", ["layerwise", "separable"])
-@pytest.mark.parametrize("name", EINSUMS)
+@pytest.mark.parametrize(
+    "name, structure",
+    [
+        ("rank 2", "layerwise"),
+        ("ellipsis", "separable"),
+        ("heads", "separable"),
+        ("heads in", "separable"),
+        ("kernel turned", "layerwise"),
+        ("kernel turned", "separable"),
+    ],
+)
 def test_einsum_dense_is_dense(name, structure):
     equation, shape, output, axes, dense, turned = EINSUMS[name]
     x, y = sequences(shape)
@@ -393,8 +403,14 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("eagerly", [False, True])
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize(
+    "name, eagerly",
+    [
+        *((name, False) for name in LEFT),
+        *((name, True) for name in ("regularizer", "tied", "folded")),
+        ("batch normalization", True),
+    ],
+)
 def test_what_keeps_noise_on_its_weights(name, eagerly, populations):
     """Alone, it is trained as by perturbation="full"; before a Dense, both."""
     x, y = sequences((4,))
