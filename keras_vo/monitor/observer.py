@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_vo.replicas import strategies
-from keras_vo.search.credit import Pooled
+from keras_vo.search.credit import Pooled, all_losses
 from keras_vo.search.engine import Search
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import stddev_of, step_kl
@@ -81,10 +81,8 @@ class ObservedStep(NamedTuple):
 
     @property
     def losses(self) -> tf.Tensor:
-        """Those of the members of all levels, [N]; NaN where missing, inf
-        where not finite.
-        """
-        return tf.concat([p.losses for p in self.pooled.values()], axis=0)
+        """Those of the members of all levels, see `credit.all_losses`."""
+        return all_losses(self.pooled)
 
     @property
     def evaluated(self) -> tf.Tensor:

@@ -162,7 +162,7 @@ class LocalReparam(Perturbation):
         covered = {id(v) for claim in kept for v in claim.variables}
         if all(id(v) in covered for v in recording.variables):
             return kept
-        return _without(kept, placement.why_dear)
+        return _without(kept, placement.why_noisier)
 
     @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:

@@ -23,7 +23,7 @@ __all__ = [
     "announce",
     "check_place",
     "check_weights",
-    "why_dear",
+    "why_noisier",
     "why_left",
     "why_not",
 ]
@@ -73,10 +73,10 @@ def why_left(claim: Any, recording: Recording) -> str | None:
     for variable in claim.variables:
         if id(variable) in recording.left:
             return recording.left[id(variable)]
-    return None if len(claim.variables[0].shape) == 1 else why_dear(claim)
+    return None if len(claim.variables[0].shape) == 1 else why_noisier(claim)
 
 
-def why_dear(claim: Any) -> str | None:
+def why_noisier(claim: Any) -> str | None:
     """Why a claim would have more noise than its weights; `None`: it has not.
 
     The gradient of noise on outputs has a variance of their number, that of

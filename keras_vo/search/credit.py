@@ -34,6 +34,7 @@ __all__ = [
     "Pooled",
     "Rows",
     "Shaping",
+    "all_losses",
     "is_blurred",
     "narrow",
     "narrowed",
@@ -193,6 +194,13 @@ def pool(
     offsets = tf.gather(baselines - reference, owners * signs)
     utilities, known = shaped_where_known(shape, losses - offsets, signs)
     return Pooled(losses, utilities, known, tf.reduce_sum(seen))
+
+
+def all_losses(pooled: Mapping[str, Pooled]) -> tf.Tensor:
+    """Those of the members of all levels, [N]; NaN where missing, inf where
+    not finite.
+    """
+    return tf.concat([p.losses for p in pooled.values()], axis=0)
 
 
 def narrowed(pooled: Pooled, dtype: tf.DType) -> Pooled:

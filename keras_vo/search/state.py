@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow as tf
 
 from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import Pooled, Rows, Shaping
+from keras_vo.search.credit import Pooled, Rows, Shaping, all_losses
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.rules import Proposal, Rule, State
@@ -133,10 +133,8 @@ class Report(NamedTuple):
 
     @property
     def losses(self) -> tf.Tensor:
-        """Those of the members of all levels, [N]; NaN where missing, inf
-        where not finite.
-        """
-        return tf.concat([p.losses for p in self.pooled.values()], axis=0)
+        """Those of the members of all levels, see `credit.all_losses`."""
+        return all_losses(self.pooled)
 
     @property
     def examples(self) -> tf.Tensor:
