@@ -17,12 +17,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_vo.search.credit import MEMBER
+from keras_vo.search.credit import EXAMPLE, MEMBER, POSITION
 
 __all__ = [
     "blurred_message",
     "check_batch",
     "check_variables",
+    "checked_credit",
     "checked_integer",
     "checked_losses",
     "checked_number",
@@ -84,6 +85,22 @@ def checked_integer(name: str, value: Any) -> int:
             f"Received: {name}={value!r}"
         )
     return int(value)
+
+
+def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
+    """The finest level of credit, and the discount of later positions."""
+    if credit not in (EXAMPLE, POSITION):
+        raise ValueError(
+            f"`credit` must be one of {[EXAMPLE, POSITION]}. "
+            f"Received: credit={credit!r}"
+        )
+    number = _as_float(discount)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            "`position_discount` must be a number in [0, 1]. "
+            f"Received: position_discount={discount!r}"
+        )
+    return credit, number
 
 
 def _as_float(value: Any) -> float:

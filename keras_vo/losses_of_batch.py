@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import keras
@@ -18,7 +19,7 @@ from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.local import LocalReparam
 from keras_vo.perturbations.scope import Recording
 from keras_vo.replicas.communicator import current_replicas
-from keras_vo.search.credit import EXAMPLE, MEMBER
+from keras_vo.search.credit import EXAMPLE, MEMBER, POSITION
 
 __all__ = ["LossesOfBatch"]
 
@@ -32,8 +33,10 @@ class LossesOfBatch:
         model: a compiled Keras model.
         data: x, y and sample_weight.
         state: what members start from, see `layer_state.snapshot`.
-        perturbation: the optimizer's. With "local_reparam", and for layers
-            that ask for it, `compute_loss` may return the losses of examples.
+        optimizer: the `VOOptimizer`. With its perturbation "local_reparam", and for
+            layers that ask for it, `compute_loss` may return the losses of
+            examples; with its credit by position, those of positions.
+        isolation: of the members.
     """
 
     def __init__(
@@ -41,12 +44,16 @@ class LossesOfBatch:
         model: Any,
         data: tuple[Any, Any, Any],
         state: Any,
-        perturbation: str,
+        optimizer: Any,
+        isolation: Isolation,
     ) -> None:
         self._model = model
         self._x, self._y, self._sample_weight = data
         self._state = state
-        self._by_example = perturbation == LocalReparam.name
+        self._isolation = isolation
+        self._by_example = optimizer.perturbation == LocalReparam.name
+        self._by_position = optimizer.credit == POSITION
+        self._discount = optimizer.position_discount
         self._whole: WholeBatch | None = None
 
     def predict(self) -> Any:
@@ -94,6 +101,34 @@ class LossesOfBatch:
                     claim.call, "its first axis is not that of the examples"
                 )
 
+    def find_positions(self, y_pred: Any, recording: Recording) -> None:
+        """Notes the axes of the loss, where positions have their own credit.
+
+        Args:
+            y_pred: the mean's predictions.
+            recording: of the mean's pass, where they are noted.
+
+        Raises:
+            ValueError: no activations are perturbed, or the loss has no
+                positions.
+        """
+        if not self._by_position:
+            return
+        if LocalReparam.name not in recording.claims:
+            raise ValueError(
+                'credit="position" is that of noise on activations. Expected: '
+                'perturbation="local_reparam" or a `LocalReparamDense`, or '
+                'credit="example". Received: a model without such noise, with '
+                f"perturbation={recording.perturbation!r}"
+            )
+        try:
+            losses, _ = self._judged(y_pred)
+        except per_example.OfWholeBatch:
+            raise ValueError(per_example.NO_POSITIONS.format("()")) from None
+        recording.positions = losses.shape
+        rest = 1 - self._discount
+        recording.horizon = 1 / rest if rest else math.inf
+
     def of(self, y_pred: Any) -> Any:
         """The loss of predictions, as `compute_loss` returns it."""
         compute = self._model.compute_loss
@@ -111,7 +146,8 @@ class LossesOfBatch:
 
     def reduced(self, loss: Any) -> tf.Tensor:
         """A scalar, of what `of` returns."""
-        if self._by_example and tf.convert_to_tensor(loss).shape.rank == 1:
+        rank = tf.convert_to_tensor(loss).shape.rank
+        if self._by_example and (rank == 1 or (rank and self._by_position)):
             loss = tf.reduce_mean(loss)
         return checks.checked_scalar(loss)
 
@@ -138,22 +174,28 @@ class LossesOfBatch:
             if not by_example:
                 return loss
             per_example.check_no_added_losses(scope.losses)
-            return {MEMBER: loss, EXAMPLE: self._examples_of(y_pred, values)}
+            return {MEMBER: loss, **self._examples_of(y_pred, values)}
 
     def _examples_of(
         self, y_pred: Any, values: list[tuple[Any, Any]]
-    ) -> tf.Tensor:
-        """Losses [batch] of a member's predictions.
+    ) -> dict[str, tf.Tensor]:
+        """Losses of a member's predictions, those of examples and positions.
 
         Args:
             y_pred: they.
             values: of the member's variables.
         """
-        if self._whole is None:
-            return self._own_losses(y_pred)[0]
-        return self._whole.by_example(
-            functools.partial(self._of_batch, values), y_pred
-        )
+        if self._whole is not None:
+            of_batch = functools.partial(self._of_batch, values)
+            return {EXAMPLE: self._whole.by_example(of_batch, y_pred)}
+        losses, _ = self._own_losses(y_pred)
+        if not self._by_position:
+            return {EXAMPLE: losses}
+        positions = tf.size(losses[0], tf.int64)
+        return {
+            EXAMPLE: per_example.mean_of_positions(losses),
+            POSITION: losses / tf.cast(positions, losses.dtype),
+        }
 
     def _of_batch(self, values: Any, y_pred: Any) -> Any:
         """The loss of predictions alone, and no update of metrics."""
@@ -167,50 +209,76 @@ class LossesOfBatch:
     def _own_losses(
         self, y_pred: Any, inputs: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Losses [batch], and those of all examples' weights."""
+        """Losses [batch] of examples or [batch, ...] of positions, and the
+        weights of each loss.
+        """
+        positions = self._by_position
         self._model._by_example = True
         try:
-            with per_example.by_example(self._model, inputs) as weights:
+            with per_example.by_example(
+                self._model, inputs, positions
+            ) as weights:
                 losses = self.of(y_pred)
         finally:
             self._model._by_example = False
-        return per_example.checked_examples(losses, inputs), weights
+        losses = per_example.checked_examples(losses, inputs, positions)
+        return losses, weights
 
-    def judge_examples(
-        self, y_pred: Any, inputs: tf.Tensor, isolation: Isolation
-    ) -> Any:
-        """Lets members be judged example by example.
-
-        Args:
-            y_pred: the mean's predictions.
-            inputs: of the model, [batch, ...].
-            isolation: of the members.
-
-        Returns:
-            The examples' weights [batch], of mean 1; 1 if there are none. The
-            mean is that over all replicas. Weights of losses may be negative:
-            they count by their size.
-        """
-        self._by_example = True
+    def _judged(
+        self, y_pred: Any, inputs: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """`_own_losses` at the mean, and nothing else of it."""
 
         def evaluated() -> tuple[tf.Tensor, list[tf.Tensor]]:
             with keras.StatelessScope():  # no update of metrics
                 return self._own_losses(y_pred, inputs)
 
+        return self._isolation.beside(evaluated)
+
+    def judge_examples(
+        self, y_pred: Any, inputs: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Lets members be judged example by example.
+
+        Args:
+            y_pred: the mean's predictions.
+            inputs: of the model, [batch, ...].
+
+        Returns:
+            The weights of examples and positions by level, of mean 1; none if
+            they are 1. The mean is that over all replicas. Weights of losses
+            may be negative: they count by their size.
+        """
+        self._by_example = True
         try:
-            losses, weights = isolation.beside(evaluated)
+            losses, weights = self._judged(y_pred, inputs)
         except per_example.OfWholeBatch:
             loss = functools.partial(self._of_batch, ())
             self._whole = WholeBatch.of(loss, y_pred, inputs)
-            return 1.0
+            return {}
         if not weights:
-            return 1.0
-        total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
-        # Their mean over the examples of all replicas.
-        weight, examples = current_replicas().sum(
-            [tf.reduce_sum(total), tf.reduce_sum(tf.ones_like(total))]
+            return {}
+        total = tf.add_n(
+            [
+                tf.abs(tf.cast(w, losses.dtype)) * tf.ones_like(losses)
+                for w in weights
+            ]
         )
-        return tf.math.divide_no_nan(total, weight / examples)
+        if not self._by_position:
+            return {EXAMPLE: _of_mean_one(total)}
+        of_examples = per_example.mean_of_positions(total)
+        return {
+            EXAMPLE: _of_mean_one(of_examples),
+            POSITION: _of_mean_one(total),
+        }
+
+
+def _of_mean_one(weights: tf.Tensor) -> tf.Tensor:
+    """Weights divided by their mean over all replicas."""
+    total, count = current_replicas().sum(
+        [tf.reduce_sum(weights), tf.reduce_sum(tf.ones_like(weights))]
+    )
+    return tf.math.divide_no_nan(weights, total / count)
 
 
 def _for_many_examples(inputs: Any) -> Any:

@@ -29,6 +29,7 @@ from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL
 from keras_vo.search.state import Settings
 from keras_vo.search_steps import SearchSteps
+from keras_vo.user_steps import PLAIN_MODEL
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
@@ -37,19 +38,6 @@ Objective = Callable[[list[tf.Tensor]], Any]
 # Parts of the step of an inner optimizer by name, see `Settings`. Measured:
 # docs/decisions/0034-populations-by-level.md.
 _EXAMPLES_STEP = (0.5, 0.25)
-
-_PLAIN_MODEL = (
-    "VOOptimizer evaluates a population of perturbed models, which the "
-    "training step of a plain Keras model cannot do. Expected one of: a model "
-    "built as `keras_vo.VOModel(inputs, outputs)` or "
-    "`keras_vo.VOSequential([...])`; a subclass "
-    "`class MyModel(keras_vo.VOTrainStep, keras.Model)`; or "
-    "`keras_vo.make_variational(model)` for a model that exists already. "
-    "A model that is one of these keeps its losses in `compute_loss`, and a "
-    "`train_step` of its own ends in `super().train_step(data)`. "
-    "Without a model, call `optimizer.minimize(objective, [variable])`. "
-    "Received: gradients or a loss from another training step."
-)
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
@@ -117,6 +105,11 @@ class VOOptimizer(SearchSteps):
             with a BatchNormalization behind them) or should not (an example
             has more outputs than the kernel has weights), keep noise of their
             own.
+        credit: what noise on activations is judged by: "example", the loss of
+            its example; or "position": in layers whose outputs have the axes
+            of the loss, [batch, time] (of next tokens, say), the loss at its
+            own position and, with `position_discount`, at later ones.
+        position_discount: part of the next position, in [0, 1].
         examples_population_size: number of members a step, on each replica,
             that have noise on activations (see `LocalReparamDense`); even if
             `antithetic`. They have no noise on weights, and none are
@@ -167,6 +160,8 @@ class VOOptimizer(SearchSteps):
         fitness_shaping: str | shaping_lib.Shaping = "centered_rank",
         max_kl: float | None = None,
         perturbation: str = "full",
+        credit: str = "example",
+        position_discount: float = 0.0,
         examples_population_size: int = 16,
         seed: int | None = None,
         chunk_size: int | None = None,
@@ -199,6 +194,9 @@ class VOOptimizer(SearchSteps):
             None if max_kl is None else checks.checked_number("max_kl", max_kl)
         )
         self.perturbation = registry.chosen(perturbation)
+        self.credit, self.position_discount = checks.checked_credit(
+            credit, position_discount
+        )
         self.examples_population_size = checks.checked_size(
             "examples_population_size", examples_population_size, antithetic
         )
@@ -285,6 +283,7 @@ class VOOptimizer(SearchSteps):
             self.population_size,
             self.examples_population_size,
             self._examples_step,
+            self.position_discount,
             self.antithetic,
             self._shape_fitness,
             shaping_lib.is_loss_scaled(
@@ -297,10 +296,10 @@ class VOOptimizer(SearchSteps):
         )
 
     def scale_loss(self, loss: Any) -> Any:
-        raise ValueError(_PLAIN_MODEL)
+        raise ValueError(PLAIN_MODEL)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
-        raise ValueError(_PLAIN_MODEL)
+        raise ValueError(PLAIN_MODEL)
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
@@ -317,6 +316,8 @@ class VOOptimizer(SearchSteps):
             ),
             "max_kl": self.max_kl,
             "perturbation": self.perturbation,
+            "credit": self.credit,
+            "position_discount": self.position_discount,
             "examples_step": self._examples_step,  # the inner one is an object
             "examples_population_size": self.examples_population_size,
             "seed": self.seed,

@@ -7,7 +7,7 @@ assigns what comes back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,9 +24,9 @@ from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.search.chunks import NoiseSource
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
-from keras_vo.search.engine import Search, mean_scale
+from keras_vo.search.engine import Search
 from keras_vo.search.signal_to_noise import Probe
-from keras_vo.search.state import Report, SearchState
+from keras_vo.search.state import Report, SearchState, mean_scale
 from keras_vo.search_variables import SearchVariables
 
 __all__ = ["SearchSteps"]
@@ -40,10 +40,14 @@ class SearchSteps(SearchVariables):
     Attributes:
         exchange: how gradients of replicas come together.
         perturbation: the kind of noise of what does not say so itself.
+        credit: the level that noise on activations has, at most.
+        position_discount: of the credit of later positions.
     """
 
     exchange: str
     perturbation: str
+    credit: str
+    position_discount: float
 
     def step(
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
@@ -66,7 +70,7 @@ class SearchSteps(SearchVariables):
         means: Sequence[tf.Tensor] | None = None,
         recording: Recording | None = None,
         baseline: tf.Tensor | None = None,
-        example_weights: Any = 1.0,
+        credit_weights: Mapping[str, tf.Tensor] | None = None,
         examples: tf.Tensor | None = None,
         isolation: Isolation | None = None,
         jit_compile: bool = False,
@@ -87,7 +91,7 @@ class SearchSteps(SearchVariables):
                 `None`: nothing.
             baseline: the objective's value at mu, for several replicas;
                 `None`: it is evaluated there.
-            example_weights: see `Outcomes`.
+            credit_weights: see `Outcomes.weights`; `None`: all are 1.
             examples: see `Outcomes`.
             isolation: of the members; `None`: that of an objective which is
                 given the weights.
@@ -124,7 +128,7 @@ class SearchSteps(SearchVariables):
             isolation.after = [*isolation.after, found.losses[MEMBER]]
             isolation.check_eagerly(found.losses[MEMBER])
             return Outcomes(
-                found.losses, example_weights, examples, baseline, found
+                found.losses, credit_weights or {}, examples, baseline, found
             )
 
         moved = self._moved(variables)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -97,13 +97,14 @@ class VOTrainStep(StepFunctions):
         )
         isolation = self._isolation(optimizer)
         losses = LossesOfBatch(
-            self, (x, y, sample_weight), state, optimizer.perturbation
+            self, (x, y, sample_weight), state, optimizer, isolation
         )
         with entered(recording), isolation.of_mean():
             y_pred = losses.predict()
             recording.end_of_call()
             loss = losses.of(y_pred)
         losses.leave_other_axes(recording)
+        losses.find_positions(y_pred, recording)
         settle(recording, isolation.read)
         isolation.check_read(recording.claimed)
         inputs = [i for i in keras.tree.flatten(x) if i is not None]
@@ -111,13 +112,11 @@ class VOTrainStep(StepFunctions):
         layer_state.average_moving_statistics(
             self, examples, current_replicas()
         )
-        example_weights: Any = 1.0
+        credit_weights: Mapping[str, tf.Tensor] = {}
         if EXAMPLE in levels(recording):
             some_input = _row_for_each_example(inputs[0])
             check_batch(recording, some_input)
-            example_weights = losses.judge_examples(
-                y_pred, some_input, isolation
-            )
+            credit_weights = losses.judge_examples(y_pred, some_input)
         loss = losses.reduced(loss)
         report = optimizer.take_step(
             losses.of_member,
@@ -126,7 +125,7 @@ class VOTrainStep(StepFunctions):
             means=means,
             recording=recording,
             baseline=loss,
-            example_weights=example_weights,
+            credit_weights=credit_weights,
             examples=examples,
             isolation=isolation,
             jit_compile=self.jit_compile,

@@ -10,7 +10,20 @@ from typing import Any
 
 import keras
 
-__all__ = ["check_class", "check_model"]
+__all__ = ["PLAIN_MODEL", "check_class", "check_model"]
+
+PLAIN_MODEL = (
+    "VOOptimizer evaluates a population of perturbed models, which the "
+    "training step of a plain Keras model cannot do. Expected one of: a model "
+    "built as `keras_vo.VOModel(inputs, outputs)` or "
+    "`keras_vo.VOSequential([...])`; a subclass "
+    "`class MyModel(keras_vo.VOTrainStep, keras.Model)`; or "
+    "`keras_vo.make_variational(model)` for a model that exists already. "
+    "A model that is one of these keeps its losses in `compute_loss`, and a "
+    "`train_step` of its own ends in `super().train_step(data)`. "
+    "Without a model, call `optimizer.minimize(objective, [variable])`. "
+    "Received: gradients or a loss from another training step."
+)
 
 _CURES = (
     "Expected: losses and terms of losses in "

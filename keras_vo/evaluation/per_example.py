@@ -7,7 +7,8 @@ their weights and masks, are left one number an example, scaled such that
 
 for every reduction of Keras ("sum_over_batch_size", "sum", "mean",
 "mean_with_sample_weight"). Where a loss has positions besides the batch axis,
-an example's is the mean over its positions.
+an example's is the mean over its positions; unless those have credit of their
+own: then they are left as they are.
 """
 
 from __future__ import annotations
@@ -27,12 +28,21 @@ from keras_vo.keras_compat.losses import (
 )
 
 __all__ = [
+    "NO_POSITIONS",
     "ExampleLoss",
     "OfWholeBatch",
     "by_example",
     "check_no_added_losses",
     "checked_examples",
+    "mean_of_positions",
 ]
+
+
+NO_POSITIONS = (
+    'credit="position" needs a loss that has a value for each position. '
+    "Expected: a loss of shape [batch, time] (or with more axes), as that of "
+    'the next token, or credit="example". Received: a loss of shape {}'
+)
 
 
 class OfWholeBatch(Exception):
@@ -45,10 +55,11 @@ class ExampleLoss:
     Args:
         loss: a `keras.losses.Loss`.
         weight: its own among the losses of a model.
-        weights: a list, to which each call appends the weights [batch] of the
-            examples.
+        weights: a list, to which each call appends the weights of the
+            examples, like their losses.
         inputs: of the model, [batch, ...], to check that each example has a
             loss; `None`: not checked.
+        positions: whether losses are those of positions.
     """
 
     def __init__(
@@ -57,16 +68,21 @@ class ExampleLoss:
         weight: Any,
         weights: list[tf.Tensor],
         inputs: tf.Tensor | None = None,
+        positions: bool = False,
     ) -> None:
         self._loss = loss
         self._weight = 1.0 if weight is None else weight
         self._weights = weights
         self._inputs = inputs
+        self._reduced = _with_positions if positions else mean_of_positions
 
     def __call__(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> tf.Tensor:
-        """The examples' losses [batch].
+        """The examples' losses [batch]; those of positions [batch, ...].
+
+        (A loss without positions has [batch, 1] then, and adds up with others
+        that have some.)
 
         Raises:
             OfWholeBatch: the loss is a scalar. (A value of unknown shape, as
@@ -90,8 +106,8 @@ class ExampleLoss:
         # The reduction divides by the batch, the valid positions, ...
         reduced = tf.reduce_mean(ones(*arguments))
         scale = tf.math.divide_no_nan(reduced, tf.reduce_mean(weights))
-        self._weights.append(self._weight * _mean_of_positions(scale * weights))
-        return _mean_of_positions(scale * values)
+        self._weights.append(self._weight * self._reduced(scale * weights))
+        return self._reduced(scale * values)
 
 
 class _Ones(keras.losses.Loss):
@@ -122,42 +138,63 @@ def _unreduced(loss: Any, arguments: tuple[Any, ...]) -> tf.Tensor:
         loss.reduction = reduction
 
 
-def _mean_of_positions(values: tf.Tensor) -> tf.Tensor:
+def mean_of_positions(values: tf.Tensor) -> tf.Tensor:
+    """[batch] from [batch, ...]."""
     return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+
+
+def _with_positions(values: tf.Tensor) -> tf.Tensor:
+    """[batch, 1] from [batch]; others as they are."""
+    return values if values.shape.rank > 1 else values[:, None]
 
 
 @contextlib.contextmanager
 def by_example(
-    model: Any, inputs: tf.Tensor | None = None
+    model: Any, inputs: tf.Tensor | None = None, positions: bool = False
 ) -> Iterator[list[tf.Tensor]]:
     """Lets the compiled losses of `model` return the losses of examples.
 
     Args:
         model: a Keras model.
         inputs: see `ExampleLoss`.
+        positions: see `ExampleLoss`.
 
     Yields:
         A list, to which each compiled loss appends its examples' weights
-        [batch], of mean 1 where there are no sample weights.
+        [batch], or those of positions [batch, ...], of mean 1 where there are
+        no sample weights.
     """
     weights: list[tf.Tensor] = []
     with compiled_losses_replaced(
-        model, lambda loss, weight: ExampleLoss(loss, weight, weights, inputs)
+        model,
+        lambda loss, weight: ExampleLoss(
+            loss, weight, weights, inputs, positions
+        ),
     ):
         yield weights
 
 
-def checked_examples(losses: Any, inputs: tf.Tensor | None = None) -> tf.Tensor:
+def checked_examples(
+    losses: Any, inputs: tf.Tensor | None = None, positions: bool = False
+) -> tf.Tensor:
     """What compute_loss returned, the losses [batch] of the examples.
+
+    Args:
+        losses: it.
+        inputs: see `ExampleLoss`.
+        positions: whether losses of positions [batch, ...] are wanted.
 
     Raises:
         OfWholeBatch: it is a scalar.
-        ValueError: it is something else.
+        ValueError: it is something else, or has no positions that are wanted.
     """
     losses = tf.convert_to_tensor(losses)
     if losses.shape.rank == 0:
         raise OfWholeBatch
-    if losses.shape.rank != 1:
+    if positions:
+        if losses.shape.rank == 1 or losses.shape[1:].num_elements() == 1:
+            raise ValueError(NO_POSITIONS.format(tuple(losses.shape[:1])))
+    elif losses.shape.rank != 1:
         raise ValueError(
             "Noise on activations needs the loss of each example, or of the "
             "batch. Expected: a `compute_loss` that returns a tensor [batch], "

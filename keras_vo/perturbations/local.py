@@ -8,13 +8,14 @@ member: they depend on its noise in earlier layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
 from keras_vo import checks
 from keras_vo.keras_compat.losses import mask_of
+from keras_vo.perturbations import claims as claims_lib
 from keras_vo.perturbations import graph_ops, placement
 from keras_vo.perturbations.base import (
     Perturbation,
@@ -28,6 +29,7 @@ from keras_vo.perturbations.calls import (
     LookupCall,
     ScaleCall,
 )
+from keras_vo.perturbations.claims import Claim
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import EXAMPLE, Rows
 from keras_vo.search.local_reparameterization import (
@@ -39,30 +41,6 @@ if TYPE_CHECKING:
     from keras_vo.perturbations.scope import Evaluation, Recording
 
 __all__ = ["LocalReparam"]
-
-
-class _Claim(NamedTuple):
-    """A call of a layer whose activations are perturbed.
-
-    Attributes:
-        call: it.
-        bias: its bias, if there is one that is searched over and has a number
-            for each unit; `None`: none is perturbed.
-        plain: what the layer computes in the mean network.
-        outputs: m [batch, ..., units], the same.
-        mask: which positions count, [batch, ...]; `None`: all.
-    """
-
-    call: LayerCall
-    bias: Any
-    plain: tf.Tensor
-    outputs: tf.Tensor
-    mask: Any
-
-    @property
-    def variables(self) -> list[Any]:
-        """Those that are perturbed, the kernel first."""
-        return [self.call.kernel] + [self.bias] * (self.bias is not None)
 
 
 class _State(NamedTuple):
@@ -79,14 +57,14 @@ class LocalReparam(Perturbation):
     level = EXAMPLE
     automatic = (DenseCall, EinsumCall, LookupCall, ScaleCall)
 
-    def __init__(self, claims: Sequence[_Claim], space: Space) -> None:
+    def __init__(self, claims: Sequence[Claim], space: Space) -> None:
         gaussian = space.gaussian
         self._claims = claims
         self._probe = space.probe
         self._shapes = gaussian.layout.shapes
         self._adapts = space.adapts
         self._sites = []
-        for call, bias, _, outputs, mask in claims:
+        for call, bias, _, outputs, mask, _ in claims:
             kernel = space.positions[id(call.kernel)]
             weights, variances = (
                 [kernel],
@@ -140,7 +118,7 @@ class LocalReparam(Perturbation):
         mask = None if call.automatic else mask_of(call.inputs)
         if mask is not None and mask.shape.rank != outputs.shape.rank - 1:
             mask = None
-        claim = _Claim(call, bias, plain, outputs, mask)
+        claim = Claim(call, bias, plain, outputs, mask)
         recording.claim(cls.name, claim, claim)
         return plain
 
@@ -158,11 +136,7 @@ class LocalReparam(Perturbation):
     @classmethod
     def settled(cls, claims: Sequence[Any], recording: Recording) -> list[Any]:
         """All but automatic ones that can't be kept, or would not pay."""
-        kept = _without(claims, lambda c: placement.why_left(c, recording))
-        covered = {id(v) for claim in kept for v in claim.variables}
-        if all(id(v) in covered for v in recording.variables):
-            return kept
-        return _without(kept, placement.why_noisier)
+        return claims_lib.kept(claims, recording)
 
     @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
@@ -177,7 +151,7 @@ class LocalReparam(Perturbation):
 
     def activation_bytes(self, signs: int) -> Any:
         numbers: Any = 0
-        for call, _, _, outputs, _ in self._claims:
+        for call, _, _, outputs, *_ in self._claims:
             size = _size(outputs)
             numbers += size + signs * (3 * size + _size(call.inputs))
         return numbers * self._dtype.size
@@ -240,7 +214,7 @@ class LocalReparam(Perturbation):
         for number, ((weights, site), xi, record) in enumerate(
             zip(self._sites, noise.activations, records, strict=True)
         ):
-            terms = iter(site.sums(xi, record, rows))
+            terms = iter(site.sums(xi, record, self._credit(number, rows)))
             for i in weights:
                 sums[f"mean/{number}/{i}"] = next(terms)
                 if self._adapts:
@@ -255,16 +229,24 @@ class LocalReparam(Perturbation):
             )
         return sums
 
+    def _credit(self, number: int, rows: Rows) -> Rows:
+        """`rows` with the utilities of one call."""
+        claim = self._claims[number]
+        if not claim.by_position or rows.positions is None:
+            return rows
+        return rows._replace(utilities=rows.positions)
+
     def _squares(self, noise: Noise, records: Any, rows: Rows) -> tf.Tensor:
         """Of one column of each variable and direction."""
         columns: dict[int, list[tf.Tensor]] = {}
         units: dict[int, tuple[tf.Tensor, int]] = {}
         scales: dict[int, tf.Tensor] = {}
-        for claim, (weights, site), xi, record in zip(
-            self._claims, self._sites, noise.activations, records, strict=True
+        for number, ((weights, site), xi, record) in enumerate(
+            zip(self._sites, noise.activations, records, strict=True)
         ):
+            claim, credit = self._claims[number], self._credit(number, rows)
             unit = tf.math.floormod(rows.ids, xi.shape[-1])
-            parts = site.columns(xi, record, rows.utilities, unit)
+            parts = site.columns(xi, record, credit.utilities, unit)
             for i, column in zip(weights, parts, strict=True):
                 # Squares are asked for where there is a probe only.
                 scale = self._probe.scales[i]  # type: ignore[union-attr]
@@ -317,24 +299,6 @@ class LocalReparam(Perturbation):
         if index == self._sites[number][0][0]:
             return self._claims[number].call.unmatrix(values)
         return tf.reshape(values, self._shapes[index])
-
-
-def _without(
-    claims: Sequence[_Claim], why: Callable[[_Claim], str | None]
-) -> list[_Claim]:
-    """All but automatic claims that there is a reason against, and those of
-    the same variables.
-    """
-    left: set[int] = set()
-    for claim in claims:
-        if claim.call.automatic and (reason := why(claim)) is not None:
-            placement.announce(claim.call.name, reason)
-            left.update(map(id, claim.variables))
-    return [
-        claim
-        for claim in claims
-        if not claim.call.automatic or left.isdisjoint(map(id, claim.variables))
-    ]
 
 
 def _size(tensor: tf.Tensor) -> Any:

@@ -6,9 +6,11 @@ optimizer asks keeps noise on its weights there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import tensorflow as tf
 from absl import logging as absl_logging
 
 from keras_vo.constraints import constraint_of
@@ -23,8 +25,10 @@ __all__ = [
     "announce",
     "check_place",
     "check_weights",
-    "why_noisier",
+    "has_positions",
+    "warn_of_no_positions",
     "why_left",
+    "why_noisier",
     "why_not",
 ]
 
@@ -73,26 +77,65 @@ def why_left(claim: Any, recording: Recording) -> str | None:
     for variable in claim.variables:
         if id(variable) in recording.left:
             return recording.left[id(variable)]
-    return None if len(claim.variables[0].shape) == 1 else why_noisier(claim)
+    if len(claim.variables[0].shape) == 1:
+        return None
+    return why_noisier(claim, recording)
 
 
-def why_noisier(claim: Any) -> str | None:
+def why_noisier(claim: Any, recording: Recording) -> str | None:
     """Why a claim would have more noise than its weights; `None`: it has not.
 
-    The gradient of noise on outputs has a variance of their number, that of
-    noise on weights has one of theirs. A scale always has more outputs: it is
-    asked where there are members with noise on weights anyway.
+    The gradient of noise on outputs has a variance of their number (of those
+    that are judged together), that of noise on weights has one of theirs. A
+    scale always has more outputs: it is asked where there are members with
+    noise on weights anyway.
 
     Args:
-        claim: see `why_left`.
+        claim: see `why_left`; with `by_position`.
+        recording: of the mean network's pass.
     """
-    size = claim.outputs.shape[1:].num_elements()
-    if size is None:
-        size = _UNKNOWN_POSITIONS * claim.outputs.shape[-1]
+    positions = claim.outputs.shape[1:-1].num_elements()
+    if positions is None:
+        positions = _UNKNOWN_POSITIONS
+    if claim.by_position:
+        positions = min(positions, recording.horizon)
+    size = positions * claim.outputs.shape[-1]
     weights = claim.variables[0].shape.num_elements()
     if size > _MOST_OUTPUTS * weights:
         return "an example has more of its outputs than it has weights"
     return None
+
+
+def has_positions(outputs: tf.Tensor, axes: tf.TensorShape | None) -> bool:
+    """Whether outputs [batch, ..., units] have the axes of the loss.
+
+    Args:
+        outputs: of a layer.
+        axes: [batch, ...], those of the loss; `None`: positions have no
+            credit of their own. Axes whose size is not known when the step is
+            traced are taken for each other.
+    """
+    if axes is None:
+        return False
+    own = outputs.shape[1:-1]
+    return own.rank == axes[1:].rank and own.as_list() == axes[1:].as_list()
+
+
+def warn_of_no_positions(
+    axes: tf.TensorShape, outputs: Sequence[tf.Tensor]
+) -> None:
+    """Warns that no layer has the axes of the loss."""
+    warnings.warn(
+        'credit="position" changes nothing: no layer with noise on its '
+        "activations has the axes of the loss. Expected: outputs "
+        f"{[*_named(axes), 'units']}. Received: "
+        f"{[_named(t.shape) for t in outputs]}",
+        stacklevel=2,
+    )
+
+
+def _named(shape: tf.TensorShape) -> list[Any]:
+    return ["batch", *shape[1:].as_list()]
 
 
 def _is_in_loop(call: LayerCall, recording: Recording) -> bool:

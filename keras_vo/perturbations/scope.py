@@ -79,6 +79,9 @@ class Recording:
         left: reasons why variables are not perturbed as the optimizer wants,
             by their id.
         claimed: indices of the variables that were read by a claim.
+        positions: the axes of the loss, [batch, ...], where positions have
+            credit of their own; else `None`.
+        horizon: how many of them the noise at one is judged by.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class Recording:
         self.in_call = True
         self.left: dict[int, str] = {}
         self.claimed: set[int] = set()
+        self.positions: tf.TensorShape | None = None
+        self.horizon = 1.0
         self._searched = {id(v) for v in variables}
         self._claimed: set[tuple[str, int]] = set()
         self._means = dict(zip(map(id, variables), means or (), strict=False))

@@ -2,7 +2,9 @@
 
 Credit has levels. A loss of level "member" is one number for each member, one
 of level "example" one for each member and example of the batch. A kind of
-perturbation says which level its noise is weighted with.
+perturbation says which level its noise is weighted with. Losses of level
+"position", parts of those of the examples, are found with them, of the same
+members: noise at a position may be weighted with its own part.
 
 Missing results are NaN. A result that is not finite is +inf, and is worth what
 the worst one is (see `keras_vo.fitness_shaping`).
@@ -14,6 +16,7 @@ References:
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +31,7 @@ __all__ = [
     "EXAMPLE",
     "LEVELS",
     "MEMBER",
+    "POSITION",
     "Evaluated",
     "Generation",
     "Outcomes",
@@ -43,8 +47,9 @@ __all__ = [
     "shaped_where_known",
 ]
 
-# In the order in which their members are evaluated.
+# Those of populations, in the order in which their members are evaluated.
 LEVELS = MEMBER, EXAMPLE = "member", "example"
+POSITION = "position"
 
 Shaping = Callable[[tf.Tensor], tf.Tensor]
 
@@ -71,9 +76,12 @@ class Outcomes(NamedTuple):
 
     Attributes:
         losses: by level: "member" [N], and "example" [N, batch] where there
-            is noise of that level. All of the first sign first.
-        example_weights: what the losses of examples are weighted with,
-            [batch] or 1.
+            is noise of that level; with "position" [N, batch, ...], which
+            add up to those of the examples, where positions have credit of
+            their own. All of the first sign first.
+        weights: what the losses of examples [batch] and of positions
+            [batch, ...] are weighted with, by level; of mean 1, which is that
+            of a level that is not there.
         examples: number of examples that this replica has, a scalar; 0: the
             members it has evaluated are missing. `None`: not a matter of
             examples.
@@ -83,7 +91,7 @@ class Outcomes(NamedTuple):
     """
 
     losses: Mapping[str, tf.Tensor]
-    example_weights: Any = 1.0
+    weights: Mapping[str, Any] = types.MappingProxyType({})
     examples: tf.Tensor | None = None
     baseline: tf.Tensor | None = None
     evaluated: Evaluated | None = None
@@ -98,11 +106,14 @@ class Rows(NamedTuple):
             replica's members, [chunk]; 0 in padding.
         ids: numbers of the directions, [chunk]; `None`: the squared norms of
             `keras_vo.search.signal_to_noise` are not wanted.
+        positions: utilities of positions, [chunk, signs, batch, ...]; `None`:
+            they have their example's.
     """
 
     utilities: tf.Tensor
     shares: tf.Tensor
     ids: tf.Tensor | None = None
+    positions: tf.Tensor | None = None
 
 
 class Generation(NamedTuple):

@@ -35,9 +35,10 @@ from keras_vo.search.state import (
     Report,
     SearchState,
     Settings,
+    mean_scale,
 )
 
-__all__ = ["Population", "Search", "mean_scale"]
+__all__ = ["Population", "Search"]
 
 
 # From a level of credit and the noise of this replica's members to their
@@ -182,13 +183,16 @@ class Search:
                 by_sign = tf.reshape(
                     pooled[level].utilities, [len(members.signs), -1]
                 )
-                utilities = tf.transpose(by_sign)
+                utilities = {"utilities": tf.transpose(by_sign)}
                 if together.count > 1 and together.reconstructs(
                     members.directions, kinds.noise_size, self._gradient_size
                 ):
                     sums |= self._sums(level, members, utilities, None)
                     continue
-                utilities = self._shard(members).take(utilities)
+                utilities = {
+                    name: self._shard(members).take(values)
+                    for name, values in utilities.items()
+                }
             else:
                 utilities = self._examples(level, population, own)
             shard = members.shard(self._shard(members))
@@ -205,25 +209,30 @@ class Search:
 
     def _examples(
         self, level: str, population: Population, own: _OfReplica
-    ) -> tf.Tensor:
-        """Utilities of this replica's examples, [directions, signs, batch].
+    ) -> dict[str, tf.Tensor]:
+        """Utilities of this replica's examples, and of their positions.
 
-        Notes in `own` how many there are, and the sums over them alone. Each
-        example counts the same, by how many members it was seen.
+        By the names that `Rows` has for them, [directions, signs, batch, ...].
+        Notes in `own` how many examples there are, and the sums over them
+        alone. Each counts the same, by how many members it was seen.
         """
-        members = population.members
+        members, outcomes = population.members, population.outcomes
         shard, signs = self._shard(members), len(members.signs)
-        utilities = example_credit.example_utilities(
-            population.outcomes,
-            signs,
-            self.settings.loss_scaled,
-            shard.counts,
-            self.communicator,
-            self.state.gaussian.layout.dtype,
+        utilities = example_credit.utilities(
+            outcomes,
+            self.settings.position_discount,
+            example_credit.Scale(
+                signs,
+                self.settings.loss_scaled,
+                shard.counts,
+                self.communicator,
+                self.state.gaussian.layout.dtype,
+            ),
         )
-        counts = tf.cast(shard.counts, utilities.dtype)
-        seen = tf.cast(tf.shape(utilities)[1], utilities.dtype)
-        own.counts[level] = counts * seen
+        dtype = self.state.gaussian.layout.dtype
+        counts = tf.cast(shard.counts, dtype)
+        seen = tf.shape(utilities["utilities"])[1]
+        own.counts[level] = counts * tf.cast(seen, dtype)
         own.totals.update(
             tf.nest.map_structure(
                 lambda total: counts * total,
@@ -231,13 +240,16 @@ class Search:
             )
         )
         share = counts / (shard.size * signs)
-        return share * tf.stack(tf.split(utilities, signs), axis=1)
+        return {
+            name: share * tf.stack(tf.split(values, signs), axis=1)
+            for name, values in utilities.items()
+        }
 
     def _sums(
         self,
         level: str,
         members: Members,
-        utilities: tf.Tensor,
+        utilities: Mapping[str, tf.Tensor],
         evaluated: credit.Evaluated | None,
     ) -> dict[str, dict[str, tf.Tensor]]:
         """Sums over these members of their noise times their utilities.
@@ -246,18 +258,20 @@ class Search:
         """
         kinds = self.perturbations.at(level)
         share = tf.constant(1 / len(members), self.state.gaussian.layout.dtype)
-        weights = [utilities, tf.fill([members.directions], share)]
+        weights = {**utilities, "shares": tf.fill([members.directions], share)}
         if self.probe is not None:
             directions = self.ask(level).directions
-            weights.append(self.probe.ids(members, directions))
+            weights["ids"] = self.probe.ids(members, directions)
 
         def chunk(noise: Noise, records: Any, cut: list[tf.Tensor]) -> Any:
-            return kinds.sums(noise, records, Rows(*cut))
+            rows = Rows(**dict(zip(weights, cut, strict=True)))
+            return kinds.sums(noise, records, rows)
 
+        values = list(weights.values())
         if evaluated is None:
             source = self._source(level, members, activations=False)
-            return credit.reduce_noise(source, chunk, weights)
-        return evaluated.reduce(chunk, weights)
+            return credit.reduce_noise(source, chunk, values)
+        return evaluated.reduce(chunk, values)
 
     @property
     def _gradient_size(self) -> int:
@@ -333,17 +347,3 @@ class _OfReplica(NamedTuple):
     sums: dict[str, dict[str, tf.Tensor]]
     totals: dict[str, dict[str, tf.Tensor]]
     counts: dict[str, tf.Tensor]
-
-
-def mean_scale(settings: Settings, state: SearchState) -> tf.Tensor:
-    """What dU/dmu is multiplied with for the inner optimizer, [groups]."""
-    stddev = state.gaussian.stddev
-    if not settings.natural_gradient:
-        return tf.ones_like(stddev)
-    for rule in settings.rules:
-        base = rule.base_stddev(state.rules)
-        if base is not None:
-            return estimators.based_mean_scale(
-                stddev, base, settings.loss_scaled
-            )
-    return estimators.natural_mean_scale(stddev)

@@ -147,7 +147,8 @@ class ActivationNoise:
                 -xi.
             record: A and v of each member, [chunk, signs, batch, ...]; empty
                 if they are the mean network's.
-            rows: with utilities u [chunk, signs, batch].
+            rows: with utilities u [chunk, signs, batch], or of positions
+                [chunk, signs, batch, ...].
 
         Returns:
             For the kernel, then for the bias if there is one: the sum for mu
@@ -156,10 +157,7 @@ class ActivationNoise:
         """
         utilities = rows.utilities
         signs = utilities.shape[1]
-        positions = [1] * (noise.shape.rank - 2)
-        utilities = tf.reshape(
-            utilities, tf.concat([tf.shape(utilities), positions], axis=0)
-        )
+        utilities = _for_positions(utilities, noise.shape.rank + 1)
         if self._mask is not None:
             utilities = utilities * self._mask
         noise = tf.stack([noise, -noise][:signs], axis=1)
@@ -275,11 +273,8 @@ class ActivationNoise:
             last = variance.shape.rank - 1
             variance = tf.transpose(variance, [last, *range(last)])[:, None]
         signs = tf.constant([1.0, -1.0][: utilities.shape[1]], noise.dtype)
-        positions = [1] * (noise.shape.rank - 3)
-        utilities = tf.reshape(
-            utilities * signs[:, None],
-            tf.concat([tf.shape(utilities), positions], axis=0),
-        )
+        utilities = _for_positions(utilities, noise.shape.rank)
+        utilities *= tf.reshape(signs, [-1] + [1] * (noise.shape.rank - 2))
         if self._mask is not None:
             utilities = utilities * self._mask[..., 0]
         score, _ = scores(utilities * xi, xi, _finite(variance))
@@ -301,6 +296,12 @@ class ActivationNoise:
 def column_squares(columns: tf.Tensor, units: int) -> tf.Tensor:
     """sum_n |c_n|^2 from one of its `units` columns a direction, [n, rows]."""
     return units * tf.reduce_sum(tf.square(columns))
+
+
+def _for_positions(utilities: tf.Tensor, rank: int) -> tf.Tensor:
+    """Utilities [chunk, signs, batch, ...] with axes of 1 behind the last."""
+    ones = [1] * (rank - utilities.shape.rank)
+    return tf.reshape(utilities, tf.concat([tf.shape(utilities), ones], axis=0))
 
 
 def _finite(values: tf.Tensor) -> tf.Tensor:

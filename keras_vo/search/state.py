@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
+from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import Pooled, Rows, Shaping, all_losses
 from keras_vo.search.estimators import Direction
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "SearchState",
     "Settings",
+    "mean_scale",
 ]
 
 
@@ -74,6 +76,7 @@ class Settings:
             example, for each replica.
         examples_step: the part of the inner optimizer's step that is taken by
             what is judged example by example: alone, and beside what is not.
+        position_discount: see `example_credit.position_utilities`.
         antithetic: whether they come in mirrored pairs.
         shape: fitness shaping.
         loss_scaled: whether utilities have the scale of the losses.
@@ -86,6 +89,7 @@ class Settings:
     population_size: int
     examples_population_size: int
     examples_step: tuple[float, float]
+    position_discount: float
     antithetic: bool
     shape: Shaping
     loss_scaled: bool
@@ -140,3 +144,17 @@ class Report(NamedTuple):
     def examples(self) -> tf.Tensor:
         """Number of examples of all replicas, a scalar."""
         return next(iter(self.pooled.values())).examples
+
+
+def mean_scale(settings: Settings, state: SearchState) -> tf.Tensor:
+    """What dU/dmu is multiplied with for the inner optimizer, [groups]."""
+    stddev = state.gaussian.stddev
+    if not settings.natural_gradient:
+        return tf.ones_like(stddev)
+    for rule in settings.rules:
+        base = rule.base_stddev(state.rules)
+        if base is not None:
+            return estimators.based_mean_scale(
+                stddev, base, settings.loss_scaled
+            )
+    return estimators.natural_mean_scale(stddev)

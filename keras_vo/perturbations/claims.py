@@ -1,0 +1,83 @@
+"""The calls of layers whose activations are perturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_vo.perturbations import placement
+from keras_vo.perturbations.calls import LayerCall
+
+if TYPE_CHECKING:
+    from keras_vo.perturbations.scope import Recording
+
+__all__ = ["Claim", "kept"]
+
+
+class Claim(NamedTuple):
+    """A call of a layer whose activations are perturbed.
+
+    Attributes:
+        call: it.
+        bias: its bias, if there is one that is searched over and has a number
+            for each unit; `None`: none is perturbed.
+        plain: what the layer computes in the mean network.
+        outputs: m [batch, ..., units], the same.
+        mask: which positions count, [batch, ...]; `None`: all.
+        by_position: whether its positions have credit of their own.
+    """
+
+    call: LayerCall
+    bias: Any
+    plain: tf.Tensor
+    outputs: tf.Tensor
+    mask: Any
+    by_position: bool = False
+
+    @property
+    def variables(self) -> list[Any]:
+        """Those that are perturbed, the kernel first."""
+        return [self.call.kernel] + [self.bias] * (self.bias is not None)
+
+
+def kept(claims: Sequence[Claim], recording: Recording) -> list[Claim]:
+    """All but automatic ones that can't be kept, or would not pay.
+
+    Those that have credit by position are marked.
+
+    Args:
+        claims: in the order in which they were made.
+        recording: of the mean network's pass, after it.
+    """
+    axes = recording.positions
+    claims = [
+        claim._replace(by_position=placement.has_positions(claim.outputs, axes))
+        for claim in claims
+    ]
+    left = _without(claims, lambda c: placement.why_left(c, recording))
+    covered = {id(v) for claim in left for v in claim.variables}
+    if any(id(v) not in covered for v in recording.variables):
+        left = _without(left, lambda c: placement.why_noisier(c, recording))
+    if axes is not None and not any(claim.by_position for claim in left):
+        placement.warn_of_no_positions(axes, [c.outputs for c in left])
+    return left
+
+
+def _without(
+    claims: Sequence[Claim], why: Callable[[Claim], str | None]
+) -> list[Claim]:
+    """All but automatic claims that there is a reason against, and those of
+    the same variables.
+    """
+    left: set[int] = set()
+    for claim in claims:
+        if claim.call.automatic and (reason := why(claim)) is not None:
+            placement.announce(claim.call.name, reason)
+            left.update(map(id, claim.variables))
+    return [
+        claim
+        for claim in claims
+        if not claim.call.automatic or left.isdisjoint(map(id, claim.variables))
+    ]
