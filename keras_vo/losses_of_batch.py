@@ -33,9 +33,10 @@ class LossesOfBatch:
         model: a compiled Keras model.
         data: x, y and sample_weight.
         state: what members start from, see `layer_state.snapshot`.
-        optimizer: the `VOOptimizer`. With its perturbation "local_reparam", and for
-            layers that ask for it, `compute_loss` may return the losses of
-            examples; with its credit by position, those of positions.
+        optimizer: the `VOOptimizer`. With its perturbation "local_reparam",
+            and for layers that ask for it, `compute_loss` may return the
+            losses of examples; with its credit by position, those of
+            positions.
         isolation: of the members.
     """
 
