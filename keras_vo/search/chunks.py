@@ -163,7 +163,8 @@ class NoiseSource:
             tf.gather(self.members.index, rows),
             shape,
             self.dtype,
-            stream,
+            # A number of Python would be traced anew for each stream.
+            None if stream is None else tf.constant(stream, tf.int64),
         )
 
     def specs(self) -> Noise:

@@ -49,7 +49,7 @@ def draw_noise(
     index: tf.Tensor,
     shape: Sequence[int] | tf.Tensor,
     dtype: tf.DType,
-    stream: int | None = None,
+    stream: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Draws z ~ N(0, I), a row for each direction.
 
@@ -59,8 +59,8 @@ def draw_noise(
         index: of each direction in its generation, [n] int64.
         shape: shape of one row.
         dtype: floating dtype of the noise.
-        stream: number of a further stream of the same directions; `None`: the
-            first.
+        stream: number of a further stream of the same directions, scalar
+            int64; `None`: the first.
 
     Returns:
         Noise [n, *shape]. Row i depends on the base seed, the stream and the
@@ -73,8 +73,7 @@ def draw_noise(
     def head(generation: tf.Tensor) -> tf.Tensor:
         seed = generation_seed(base_seed, generation)
         if stream is not None:
-            offset = tf.constant(_STREAMS - stream, tf.int64)
-            seed = tf.random.fold_in(seed, offset)
+            seed = tf.random.fold_in(seed, _STREAMS - stream)
         # fold_in(seed, n) is [h(seed), n]: h once for each generation.
         return tf.random.fold_in(seed, tf.zeros([], tf.int64))[0]
 
