@@ -14,7 +14,10 @@ from keras import layers
 import keras_vo
 from keras_vo.layers import LocalReparamDense
 from keras_vo.perturbations.local import LocalReparam
+from keras_vo.search.credit import Rows
 from keras_vo.search.example_credit import later
+from keras_vo.search.local_reparameterization import ActivationNoise
+from keras_vo.search.operands import Matrix
 
 BATCH, TIME, IN = 3, 4, 2
 
@@ -111,6 +114,36 @@ def test_positions_are_examples_of_their_own(shaping, discount, option):
         flat = [np.ravel(p) for parts in want for p in parts[part]]
         np.testing.assert_allclose(
             got, factor * np.concatenate(flat), rtol=1e-6, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_columns_are_parts_of_the_sums(recorded):
+    """Of a layer of one unit: what the search monitor measures noise by."""
+    rng = np.random.default_rng(0)
+    chunk, signs = 5, 2
+    shape = (BATCH, TIME)
+    site = ActivationNoise(
+        Matrix(),
+        tf.constant(rng.normal(size=(*shape, IN))),
+        1,
+        [tf.constant(0.3, tf.float64), tf.constant(0.2, tf.float64)],
+        adapts=False,
+    )
+    noise = tf.constant(rng.normal(size=(chunk, *shape, 1)))
+    utilities = tf.constant(rng.normal(size=(chunk, signs, *shape)))
+    record = ()
+    if recorded:
+        inputs = tf.constant(rng.normal(size=(chunk, signs, *shape, IN)))
+        record = inputs, site.variance_of(inputs)
+    rows = Rows(utilities, tf.ones([chunk], tf.float64))
+    sums = site.sums(noise, record, rows)
+    units = tf.zeros([chunk], tf.int32)
+    columns = site.columns(noise, record, utilities, units)
+    for total, parts in zip(sums, columns, strict=True):
+        assert parts.shape[0] == chunk
+        np.testing.assert_allclose(
+            np.ravel(total), np.sum(parts, 0), rtol=1e-10
         )
 
 
@@ -243,21 +276,33 @@ def test_all_of_a_transformer_has_it(time, claims):
     assert len(seen) == 8 and all(seen.values()), seen
 
 
+def make_summarized(**kwargs):
+    keras.utils.set_random_seed(1)
+    model = keras_vo.make_variational(summarized())
+    model.compile(
+        optimizer=models.make_optimizer(credit="position", **kwargs),
+        loss=squared_error,
+    )
+    return model
+
+
 def test_chunks_and_a_file(tmp_path):
     """They change nothing; and a model that was saved has the same credit."""
-    x, y = tokens()
+    x, y = sequences(batch=8)
+    keras.saving.register_keras_serializable("test")(squared_error)
     plain, chunked = (
-        make_transformer(position_discount=0.5, chunk_size=size)
+        make_summarized(position_discount=0.5, chunk_size=size)
         for size in (None, 2)
     )
     for model in (plain, chunked):
         models.fit(model, x, y)
+    np.testing.assert_allclose(
+        models.weights(plain), models.weights(chunked), rtol=1e-4, atol=1e-6
+    )
     plain.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.optimizer.credit == "position"
     assert loaded.optimizer.position_discount == 0.5
-    for a, b in zip(plain.weights, chunked.weights, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     for model in (plain, loaded):
         models.fit(model, x, y)
     np.testing.assert_array_equal(models.weights(plain), models.weights(loaded))
@@ -265,9 +310,9 @@ def test_chunks_and_a_file(tmp_path):
 
 def test_two_replicas():
     """Shards of 4 and 4, then of 1 and 1: the same weights, and they learn."""
-    x, y = tokens(10)
+    x, y = sequences(batch=10)
     with models.mirrored(2).scope():
-        model = make_transformer()
+        model = make_summarized()
     history = models.fit(model, x, y, epochs=8)["loss"]
     assert history[-1] < history[0]
     for variable in model.trainable_variables:
@@ -282,14 +327,7 @@ def test_positions_of_weight_0():
     weight[:, -1] = weight[2] = 0
     steps = []
     for wrong in (0.0, 5.0):
-        keras.utils.set_random_seed(1)
-        model = keras_vo.make_variational(summarized())
-        model.compile(
-            optimizer=models.make_optimizer(
-                credit="position", position_discount=0.5
-            ),
-            loss=squared_error,
-        )
+        model = make_summarized(position_discount=0.5)
         target = y + wrong * (weight == 0)[..., None]
         models.fit(model, x, target, sample_weight=weight)
         steps.append(models.weights(model))
