@@ -89,7 +89,7 @@ def checked_integer(name: str, value: Any) -> int:
 
 def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
     """The finest level of credit, and the discount of later positions."""
-    if credit not in (EXAMPLE, POSITION):
+    if not isinstance(credit, str) or credit not in (EXAMPLE, POSITION):
         raise ValueError(
             f"`credit` must be one of {[EXAMPLE, POSITION]}. "
             f"Received: credit={credit!r}"
@@ -99,6 +99,12 @@ def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
         raise ValueError(
             "`position_discount` must be a number in [0, 1]. "
             f"Received: position_discount={discount!r}"
+        )
+    if number and credit != POSITION:
+        raise ValueError(
+            "`position_discount` is that of credit by position. Expected: "
+            f'credit="position", or 0. Received: {discount!r} with '
+            f"credit={credit!r}"
         )
     return credit, number
 

@@ -118,8 +118,9 @@ class LossesOfBatch:
         if LocalReparam.name not in recording.claims:
             raise ValueError(
                 'credit="position" is that of noise on activations. Expected: '
-                'perturbation="local_reparam" or a `LocalReparamDense`, or '
-                'credit="example". Received: a model without such noise, with '
+                "layers that have some (Dense, EinsumDense or Embedding under "
+                'perturbation="local_reparam", or a `LocalReparamDense`), or '
+                'credit="example". Received: a model without, under '
                 f"perturbation={recording.perturbation!r}"
             )
         try:
@@ -192,7 +193,7 @@ class LossesOfBatch:
         losses, _ = self._own_losses(y_pred)
         if not self._by_position:
             return {EXAMPLE: losses}
-        positions = tf.size(losses[0], tf.int64)
+        positions = tf.reduce_prod(tf.shape(losses)[1:])
         return {
             EXAMPLE: per_example.mean_of_positions(losses),
             POSITION: losses / tf.cast(positions, losses.dtype),
@@ -259,12 +260,7 @@ class LossesOfBatch:
             return {}
         if not weights:
             return {}
-        total = tf.add_n(
-            [
-                tf.abs(tf.cast(w, losses.dtype)) * tf.ones_like(losses)
-                for w in weights
-            ]
-        )
+        total = tf.add_n([tf.abs(tf.cast(w, losses.dtype)) for w in weights])
         if not self._by_position:
             return {EXAMPLE: _of_mean_one(total)}
         of_examples = per_example.mean_of_positions(total)

@@ -35,8 +35,7 @@ __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
-# Parts of the step of an inner optimizer by name, see `Settings`. Measured:
-# docs/decisions/0034-populations-by-level.md.
+# Of an optimizer by name: docs/decisions/0034-populations-by-level.md.
 _EXAMPLES_STEP = (0.5, 0.25)
 
 
@@ -105,11 +104,12 @@ class VOOptimizer(SearchSteps):
             with a BatchNormalization behind them) or should not (an example
             has more outputs than the kernel has weights), keep noise of their
             own.
-        credit: what noise on activations is judged by: "example", the loss of
-            its example; or "position": in layers whose outputs have the axes
-            of the loss, [batch, time] (of next tokens, say), the loss at its
-            own position and, with `position_discount`, at later ones.
-        position_discount: part of the next position, in [0, 1].
+        credit: what noise on activations is judged by: "example", its
+            example's loss; or "position": where a layer's outputs have the
+            axes of the loss, [batch, time], the loss at its own position.
+            What it does elsewhere is ignored, but for `position_discount`.
+        position_discount: the part, in [0, 1], of the loss at the next
+            position along time; its square at the one after it, and so on.
         examples_population_size: number of members a step, on each replica,
             that have noise on activations (see `LocalReparamDense`); even if
             `antithetic`. They have no noise on weights, and none are

@@ -488,6 +488,18 @@ def test_a_layer_of_two_calls_one_of_which_has_many_positions(populations):
     assert populations == [{"member": 8}]
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_layers_that_cast_their_weights(policy, populations):
+    """Their variables are tensors while they are called."""
+    keras.config.set_dtype_policy(policy)
+    x, y = models.make_data()
+    model = make(mlp, "local_reparam", FROM_LOGITS)
+    before = models.weights(model)
+    models.fit(model, x, y)
+    assert populations == [{"example": 8}]
+    assert np.any(models.weights(model) != before)
+
+
 def test_ids_below_zero_are_those_from_the_end():
     rng = np.random.default_rng(0)
     ids, y = rng.integers(0, 7, (24, 3)), rng.normal(size=(24, 2))

@@ -14,8 +14,9 @@ from keras import layers
 import keras_vo
 from keras_vo.layers import LocalReparamDense
 from keras_vo.perturbations.local import LocalReparam
-from keras_vo.search.credit import Rows
-from keras_vo.search.example_credit import later
+from keras_vo.replicas.communicator import current_replicas
+from keras_vo.search.credit import EXAMPLE, POSITION, Outcomes, Rows
+from keras_vo.search.example_credit import Scale, later, utilities
 from keras_vo.search.local_reparameterization import ActivationNoise
 from keras_vo.search.operands import Matrix
 
@@ -334,37 +335,121 @@ def test_positions_of_weight_0():
     np.testing.assert_array_equal(*steps)
 
 
-def test_several_outputs():
-    """One without positions: it is judged, at each position, by all of it."""
-    x, y = sequences()
-    inputs = keras.Input((TIME, IN))
-    hidden = LocalReparamDense(3)(inputs)
-    whole = LocalReparamDense(1)(layers.Flatten()(hidden))
-
-    def step(outputs, targets, losses):
-        keras.utils.set_random_seed(1)
-        model = keras_vo.VOModel(inputs, outputs)
-        for v in model.trainable_variables:
-            v.assign(keras.ops.full(v.shape, 0.3))
-        model.compile(
-            optimizer=models.make_optimizer(credit="position"),
-            loss=losses,
-        )
-        models.fit(model, x, targets)
-        return model
-
-    each = LocalReparamDense(2)(hidden)
-    model = step(
-        [each, whole], [y, y[:, 0, :1]], [squared_error, squared_error]
+def test_encoder_and_decoder_of_any_length():
+    """Lengths that differ: the encoder has credit by example, as before."""
+    encoded = keras.Input((None, IN))
+    decoded = keras.Input((None, IN))
+    whole = layers.GlobalAveragePooling1D()(
+        LocalReparamDense(2, name="encoder")(encoded)
     )
-    loss = model.get_metrics_result()
-    assert np.isfinite(loss["population_loss"])
-    total = model.evaluate(x, [y, y[:, 0, :1]], verbose=0, return_dict=True)
-    got = model.compute_loss(x, [y, y[:, 0, :1]], model(x))
-    np.testing.assert_allclose(got, total["loss"], rtol=1e-5)
+    each = LocalReparamDense(2, name="decoder")(decoded)
+    network = keras.Model([encoded, decoded], each + whole[:, None])
+    x, y = sequences(batch=8)
+    longer = np.concatenate([x, x[:, :2]], 1)
+
+    def step(credit):
+        keras.utils.set_random_seed(1)
+        model = keras_vo.make_variational(keras.models.clone_model(network))
+        model.compile(
+            optimizer=models.make_optimizer(
+                inner_optimizer=keras.optimizers.SGD(1.0),
+                fitness_shaping="identity",
+                credit=credit,
+            ),
+            loss=squared_error,
+        )
+        before = model.get_weights()
+        models.fit(model, [longer, x], y, epochs=1)
+        return [a - b for a, b in zip(model.get_weights(), before, strict=True)]
+
+    by_position, by_example = step("position"), step("example")
+    for one, other in zip(by_position[:2], by_example[:2], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(by_position[2], by_example[2], rtol=1e-2)
+
+
+def test_one_position_and_none():
+    """Batches of other lengths, the last ones of no example, eagerly."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((None, IN))
+    model = keras_vo.make_variational(
+        keras.Model(inputs, LocalReparamDense(2)(inputs))
+    )
+    model.compile(
+        optimizer=models.make_optimizer(
+            credit="position",
+            inner_optimizer=keras.optimizers.SGD(0.1),
+        ),
+        loss=squared_error,
+        run_eagerly=True,
+    )
+    x, y = sequences(batch=8)
+    for size, time in ((8, TIME), (8, 1), (1, 2)):
+        before = models.weights(model)
+        model.train_on_batch(x[:size, :time], y[:size, :time])
+        assert np.all(models.weights(model) != before)
+    before = models.weights(model)
+    model.train_on_batch(x[:0], y[:0])
+    np.testing.assert_array_equal(models.weights(model), before)
+
+
+def test_sizes_that_only_the_inputs_know():
+    """Targets of unknown length, layers of a known one."""
+    x, y = sequences(batch=8)
+    specs = tf.TensorSpec([None, TIME, IN]), tf.TensorSpec([None, None, 2])
+    data = tf.data.Dataset.from_generator(
+        lambda: iter([(x, y)]), output_signature=specs
+    )
+    results = []
+    for given in (
+        data,
+        data.map(lambda a, b: (a, tf.ensure_shape(b, y.shape))),
+    ):
+        model = make_summarized()
+        model.fit(given, verbose=0, shuffle=False)
+        results.append(models.weights(model))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_of_weighted_positions():
+    """A mean square of 1, by weights of mean 1, wherever padding is."""
+    rng = np.random.default_rng(0)
+    weights = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], np.float64)
+    weights /= weights.mean()
+    losses = rng.normal(size=(8, 3, 4)) * weights
+    outcomes = Outcomes(
+        {EXAMPLE: tf.constant(losses.sum(-1)), POSITION: tf.constant(losses)},
+        {POSITION: tf.constant(weights)},
+    )
+    scale = Scale(2, False, True, current_replicas(), tf.float64)
+    got = utilities(outcomes, 0.5, scale)["positions"].numpy()
+    weight = discounted(weights, 0.5)
+    weight /= weight.mean()
+    assert np.all(got[:, weight == 0] == 0)
+    share = np.where(weight > 0, weight, 1)
+    assert np.mean(got**2 / share) == pytest.approx(1)
 
 
 # --- refused ---
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (TIME, 3)])
+def test_losses_of_other_positions(shape):
+    """They would be added along axes that are not theirs."""
+    inputs = keras.Input((TIME, IN))
+    each = LocalReparamDense(2)(inputs)
+    size = int(np.prod(shape))
+    other = layers.Reshape((*shape, 1))(
+        LocalReparamDense(size)(layers.Flatten()(inputs))
+    )
+    model = keras_vo.VOModel(inputs, [each, other])
+    model.compile(
+        optimizer=models.make_optimizer(credit="position"),
+        loss=[squared_error, squared_error],
+    )
+    x, y = sequences(batch=8)
+    with pytest.raises(ValueError, match="same positions.*beside one of"):
+        model.train_on_batch(x, [y, np.zeros((8, *shape, 1))])
 
 
 def test_the_arguments_are_checked():
@@ -373,6 +458,8 @@ def test_the_arguments_are_checked():
     for discount in (-0.1, 1.1, "half", float("nan")):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             keras_vo.VOOptimizer(position_discount=discount)
+    with pytest.raises(ValueError, match='Expected: credit="position"'):
+        keras_vo.VOOptimizer(position_discount=0.5)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +498,7 @@ def test_no_layer_has_the_axes_of_the_loss():
         shape=(TIME, IN),
         loss="mse",
     )
-    match = "changes nothing.*'batch', 3, 'units'.*'batch', 6"
+    match = r"changes nothing.*'batch', 3, 'units'.*\['batch', 6\]"
     with pytest.warns(UserWarning, match=match):
         models.fit(model, x, np.zeros((8, 3, 2)))
     with warnings.catch_warnings():

@@ -41,7 +41,8 @@ __all__ = [
 NO_POSITIONS = (
     'credit="position" needs a loss that has a value for each position. '
     "Expected: a loss of shape [batch, time] (or with more axes), as that of "
-    'the next token, or credit="example". Received: a loss of shape {}'
+    "the next token, or of targets [batch, time, 1] for outputs "
+    '[batch, time, 1]; or credit="example". Received: a loss of shape {}'
 )
 
 
@@ -74,22 +75,20 @@ class ExampleLoss:
         self._weight = 1.0 if weight is None else weight
         self._weights = weights
         self._inputs = inputs
-        self._reduced = _with_positions if positions else mean_of_positions
+        self._positions = positions
 
     def __call__(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> tf.Tensor:
         """The examples' losses [batch]; those of positions [batch, ...].
 
-        (A loss without positions has [batch, 1] then, and adds up with others
-        that have some.)
-
         Raises:
             OfWholeBatch: the loss is a scalar. (A value of unknown shape, as
                 of `tf.numpy_function`, counts as one:
                 `value.set_shape([None])` says that it has one for each
                 example.)
-            ValueError: it has no value for each example.
+            ValueError: it has no value for each example, or not the
+                positions of another loss.
         """
         arguments = (y_true, y_pred, sample_weight)
         ones = _Ones(self._loss)
@@ -106,8 +105,25 @@ class ExampleLoss:
         # The reduction divides by the batch, the valid positions, ...
         reduced = tf.reduce_mean(ones(*arguments))
         scale = tf.math.divide_no_nan(reduced, tf.reduce_mean(weights))
-        self._weights.append(self._weight * self._reduced(scale * weights))
-        return self._reduced(scale * values)
+        weights, values = scale * weights, scale * values
+        if self._positions:
+            self._check_alike(values)
+        else:
+            weights, values = map(mean_of_positions, (weights, values))
+        self._weights.append(self._weight * weights)
+        return values
+
+    def _check_alike(self, values: tf.Tensor) -> None:
+        """Checks that losses of several outputs have the same positions."""
+        for other in self._weights[:1]:
+            if not values.shape.is_compatible_with(other.shape):
+                raise ValueError(
+                    'credit="position" needs losses that all have the same '
+                    "positions. Expected: losses of one shape, or "
+                    f'credit="example". Received: {self._loss.name!r} of shape '
+                    f"{tuple(values.shape)} beside one of "
+                    f"{tuple(other.shape)}"
+                )
 
 
 class _Ones(keras.losses.Loss):
@@ -141,11 +157,6 @@ def _unreduced(loss: Any, arguments: tuple[Any, ...]) -> tf.Tensor:
 def mean_of_positions(values: tf.Tensor) -> tf.Tensor:
     """[batch] from [batch, ...]."""
     return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
-
-
-def _with_positions(values: tf.Tensor) -> tf.Tensor:
-    """[batch, 1] from [batch]; others as they are."""
-    return values if values.shape.rank > 1 else values[:, None]
 
 
 @contextlib.contextmanager
@@ -192,8 +203,8 @@ def checked_examples(
     if losses.shape.rank == 0:
         raise OfWholeBatch
     if positions:
-        if losses.shape.rank == 1 or losses.shape[1:].num_elements() == 1:
-            raise ValueError(NO_POSITIONS.format(tuple(losses.shape[:1])))
+        if losses.shape.rank == 1:
+            raise ValueError(NO_POSITIONS.format(tuple(losses.shape)))
     elif losses.shape.rank != 1:
         raise ValueError(
             "Noise on activations needs the loss of each example, or of the "

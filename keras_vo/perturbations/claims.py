@@ -61,7 +61,7 @@ def kept(claims: Sequence[Claim], recording: Recording) -> list[Claim]:
     if any(id(v) not in covered for v in recording.variables):
         left = _without(left, lambda c: placement.why_noisier(c, recording))
     if axes is not None and not any(claim.by_position for claim in left):
-        placement.warn_of_no_positions(axes, [c.outputs for c in left])
+        placement.warn_of_no_positions(axes, [c.outputs for c in claims])
     return left
 
 

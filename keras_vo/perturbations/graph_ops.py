@@ -51,12 +51,14 @@ def ancestors(tensor: tf.Tensor) -> set[int] | None:
     return {id(op) for op in _ancestors(tensor)}
 
 
-def uses(variable: Any) -> int:
-    """How many ops of the current graph take a variable; eagerly 0."""
+def uses(handle: tf.Tensor) -> int:
+    """How many ops of the current graph take the variable of a handle; eagerly
+    0.
+    """
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly() or not hasattr(graph, "capture"):
         return 0
-    return len(graph.capture(variable.handle).consumers())
+    return len(graph.capture(handle).consumers())
 
 
 def _ancestors(tensor: tf.Tensor) -> Iterator[Any]:

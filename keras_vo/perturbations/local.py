@@ -230,11 +230,32 @@ class LocalReparam(Perturbation):
         return sums
 
     def _credit(self, number: int, rows: Rows) -> Rows:
-        """`rows` with the utilities of one call."""
-        claim = self._claims[number]
-        if not claim.by_position or rows.positions is None:
+        """`rows` with the utilities of one call: those of its positions, if
+        they are the loss's.
+        """
+        claim, positions = self._claims[number], rows.positions
+        if not claim.by_position or positions is None:
             return rows
-        return rows._replace(utilities=rows.positions)
+        axes = positions.shape[3:]
+        if claim.outputs.shape[1:-1].is_fully_defined() and (
+            axes.is_fully_defined()
+        ):
+            return rows._replace(utilities=positions)
+        own = tf.shape(claim.outputs)[1:-1]
+
+        def by_example() -> tf.Tensor:
+            ones = [1] * axes.rank
+            shape = tf.concat([tf.shape(rows.utilities), ones], axis=0)
+            repeated = tf.reshape(rows.utilities, shape)
+            shape = tf.concat([tf.shape(rows.utilities), own], axis=0)
+            return tf.broadcast_to(repeated, shape)
+
+        utilities = tf.cond(
+            tf.reduce_all(own == tf.shape(positions)[3:]),
+            lambda: positions,
+            by_example,
+        )
+        return rows._replace(utilities=utilities)
 
     def _squares(self, noise: Noise, records: Any, rows: Rows) -> tf.Tensor:
         """Of one column of each variable and direction."""

@@ -94,41 +94,51 @@ def why_noisier(claim: Any, recording: Recording) -> str | None:
         claim: see `why_left`; with `by_position`.
         recording: of the mean network's pass.
     """
-    positions = claim.outputs.shape[1:-1].num_elements()
-    if positions is None:
+    axes = claim.outputs.shape[1:-1]
+    positions: Any = axes.num_elements()
+    if claim.by_position:  # with later ones along the first axis alone
+        positions = min(axes[0] or _UNKNOWN_POSITIONS, recording.horizon)
+    elif positions is None:
         positions = _UNKNOWN_POSITIONS
-    if claim.by_position:
-        positions = min(positions, recording.horizon)
     size = positions * claim.outputs.shape[-1]
     weights = claim.variables[0].shape.num_elements()
     if size > _MOST_OUTPUTS * weights:
-        return "an example has more of its outputs than it has weights"
+        judged = "positions judged together have"
+        judged = judged if claim.by_position else "an example has"
+        return f"{judged} more of its outputs than it has weights"
     return None
 
 
 def has_positions(outputs: tf.Tensor, axes: tf.TensorShape | None) -> bool:
-    """Whether outputs [batch, ..., units] have the axes of the loss.
+    """Whether outputs [batch, ..., units] may have the axes of the loss.
+
+    Where sizes are not known when the step is traced, each step compares them.
 
     Args:
         outputs: of a layer.
         axes: [batch, ...], those of the loss; `None`: positions have no
-            credit of their own. Axes whose size is not known when the step is
-            traced are taken for each other.
+            credit of their own.
     """
     if axes is None:
         return False
     own = outputs.shape[1:-1]
-    return own.rank == axes[1:].rank and own.as_list() == axes[1:].as_list()
+    return own.rank > 0 and bool(own.is_compatible_with(axes[1:]))
 
 
 def warn_of_no_positions(
     axes: tf.TensorShape, outputs: Sequence[tf.Tensor]
 ) -> None:
-    """Warns that no layer has the axes of the loss."""
+    """Warns that no layer is judged by position.
+
+    Args:
+        axes: of the loss.
+        outputs: of the layers that could have had noise on them.
+    """
     warnings.warn(
         'credit="position" changes nothing: no layer with noise on its '
         "activations has the axes of the loss. Expected: outputs "
-        f"{[*_named(axes), 'units']}. Received: "
+        f"{[*_named(axes), 'units']}, of a layer that can have such noise "
+        "(`absl.logging` says which can't, and why). Received: "
         f"{[_named(t.shape) for t in outputs]}",
         stacklevel=2,
     )

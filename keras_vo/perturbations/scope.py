@@ -103,18 +103,20 @@ class Recording:
         self._searched = {id(v) for v in variables}
         self._claimed: set[tuple[str, int]] = set()
         self._means = dict(zip(map(id, variables), means or (), strict=False))
-        self._uses = [graph_ops.uses(v) for v in variables]
+        # In a layer that casts its weights, variables have no handles.
+        self._handles = [v.handle for v in variables]
+        self._uses = [graph_ops.uses(h) for h in self._handles]
 
     def read(self, variable: Any) -> Any:
         """The value of a variable that a layer asks for by a claim."""
-        for index, (known, before) in enumerate(
-            zip(self.variables, self._uses, strict=True)
+        for index, (known, handle, before) in enumerate(
+            zip(self.variables, self._handles, self._uses, strict=True)
         ):
             if known is variable:
                 self.claimed.add(index)
                 # Something else has to do with it, and may have changed it:
                 # no claim will be kept.
-                if graph_ops.uses(variable) > before:
+                if graph_ops.uses(handle) > before:
                     return variable
         return self._means.get(id(variable), variable)
 
@@ -137,11 +139,10 @@ class Recording:
             read: handles of variables that were read eagerly.
         """
         eagerly = set(map(id, read))
-        for variable, before in zip(self.variables, self._uses, strict=True):
-            if (
-                graph_ops.uses(variable) > before
-                or id(variable.handle) in eagerly
-            ):
+        for variable, handle, before in zip(
+            self.variables, self._handles, self._uses, strict=True
+        ):
+            if graph_ops.uses(handle) > before or id(handle) in eagerly:
                 self.left.setdefault(id(variable), "others read its weights")
         for kind in kinds:
             kept = kind.settled(self.claims[kind.name], self)

@@ -60,6 +60,7 @@ def utilities(
     }
     if POSITION in outcomes.losses:
         losses, weights = position_losses(outcomes, discount)
+        weights = _of_mean_one(weights, scale)
         found["positions"] = _utilities(losses, weights, scale)
     return found
 
@@ -84,16 +85,12 @@ def position_losses(
         discount: of the part of the next position, in [0, 1].
 
     Returns:
-        g [N, batch, time, ...], and like it without N the weights, of mean 1.
+        g [N, batch, time, ...], and like it without N what it is weighted by.
     """
     losses = outcomes.losses[POSITION]
     ones = tf.ones(tf.shape(losses)[1:], losses.dtype)
     weights = tf.cast(outcomes.weights.get(POSITION, 1.0), losses.dtype) * ones
-    size = tf.reduce_mean(later(ones, discount, axis=1))
-    return (
-        later(losses, discount, axis=2),
-        later(weights, discount, axis=1) / size,
-    )
+    return later(losses, discount, axis=2), later(weights, discount, axis=1)
 
 
 def later(values: tf.Tensor, discount: float, axis: int) -> tf.Tensor:
@@ -108,6 +105,18 @@ def later(values: tf.Tensor, discount: float, axis: int) -> tf.Tensor:
         reverse=True,
     )
     return tf.transpose(summed, back)
+
+
+def _of_mean_one(weights: tf.Tensor, scale: Scale) -> tf.Tensor:
+    """Weights divided by their mean over all replicas."""
+    counts = tf.cast(scale.counts, weights.dtype)
+    total, count = scale.communicator.sum(
+        [
+            counts * tf.reduce_sum(weights),
+            counts * tf.cast(tf.size(weights), weights.dtype),
+        ]
+    )
+    return tf.math.divide_no_nan(weights, total / count)
 
 
 def _utilities(

@@ -76,7 +76,7 @@ class Settings:
             example, for each replica.
         examples_step: the part of the inner optimizer's step that is taken by
             what is judged example by example: alone, and beside what is not.
-        position_discount: see `example_credit.position_utilities`.
+        position_discount: see `example_credit.position_losses`.
         antithetic: whether they come in mirrored pairs.
         shape: fitness shaping.
         loss_scaled: whether utilities have the scale of the losses.
