@@ -406,7 +406,7 @@ def test_sizes_that_only_the_inputs_know():
         data.map(lambda a, b: (a, tf.ensure_shape(b, y.shape))),
     ):
         model = make_summarized()
-        model.fit(given, verbose=0, shuffle=False)
+        model.fit(given.repeat(), steps_per_epoch=1, shuffle=False, verbose=0)
         results.append(models.weights(model))
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
 
