@@ -13,7 +13,7 @@ training, after its first step; validation does not count. Arms:
 
 Curves are kept in --folder; those that are there are not run again.
 
-    python benchmarks/char_model.py --seconds=600
+    python benchmarks/char_model.py
 """
 
 import ast
@@ -42,8 +42,8 @@ flags.DEFINE_list(
     "arms", ["position", "example", "low_rank", "full", "adam"], "Of ARMS."
 )
 flags.DEFINE_list("seeds", ["0"], "Of weights, batches and noise.")
-flags.DEFINE_float("seconds", 600.0, "Of training, after the first step.")
-flags.DEFINE_integer("points", 20, "Of each curve, evenly over the seconds.")
+flags.DEFINE_float("seconds", 200.0, "Of training, after the first step.")
+flags.DEFINE_integer("points", 12, "Of each curve, evenly over the seconds.")
 flags.DEFINE_integer("width", 64, "Of the transformer.")
 flags.DEFINE_integer("blocks", 2, "Of the transformer.")
 flags.DEFINE_integer("batch_size", 16, "Windows a step.")
