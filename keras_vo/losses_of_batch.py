@@ -148,9 +148,10 @@ class LossesOfBatch:
 
     def reduced(self, loss: Any) -> tf.Tensor:
         """A scalar, of what `of` returns."""
-        rank = tf.convert_to_tensor(loss).shape.rank
-        if self._by_example and (rank == 1 or (rank and self._by_position)):
-            loss = tf.reduce_mean(loss)
+        if self._by_example:
+            rank = tf.convert_to_tensor(loss).shape.rank
+            if rank == 1 or (rank and self._by_position):
+                loss = tf.reduce_mean(loss)
         return checks.checked_scalar(loss)
 
     def of_member(self, weights: list[tf.Tensor]) -> Any:
