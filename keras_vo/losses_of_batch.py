@@ -248,9 +248,9 @@ class LossesOfBatch:
             inputs: of the model, [batch, ...].
 
         Returns:
-            The weights of examples and positions by level, of mean 1; none if
-            they are 1. The mean is that over all replicas. Weights of losses
-            may be negative: they count by their size.
+            The weights by level: of examples, of mean 1 over all replicas, and
+            of positions, of any; none if they are 1. Weights of losses may be
+            negative: they count by their size.
         """
         self._by_example = True
         try:
@@ -265,10 +265,7 @@ class LossesOfBatch:
         if not self._by_position:
             return {EXAMPLE: _of_mean_one(total)}
         of_examples = per_example.mean_of_positions(total)
-        return {
-            EXAMPLE: _of_mean_one(of_examples),
-            POSITION: _of_mean_one(total),
-        }
+        return {EXAMPLE: _of_mean_one(of_examples), POSITION: total}
 
 
 def _of_mean_one(weights: tf.Tensor) -> tf.Tensor:

@@ -80,8 +80,8 @@ class Outcomes(NamedTuple):
             add up to those of the examples, where positions have credit of
             their own. All of the first sign first.
         weights: what the losses of examples [batch] and of positions
-            [batch, ...] are weighted with, by level; of mean 1, which is that
-            of a level that is not there.
+            [batch, ...] are weighted with, by level; 1 where it is not there.
+            Those of examples have the mean 1, those of positions any.
         examples: number of examples that this replica has, a scalar; 0: the
             members it has evaluated are missing. `None`: not a matter of
             examples.
