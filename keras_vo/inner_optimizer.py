@@ -13,10 +13,16 @@ from keras_vo.keras_compat import (
     uses_weight_decay,
 )
 
-__all__ = ["build", "check_no_overwriting", "checked_inner", "slow_down"]
+__all__ = [
+    "LEARNING_RATE",
+    "build",
+    "check_no_overwriting",
+    "checked_inner",
+    "slow_down",
+]
 
 # Of an inner optimizer given by name. docs/decisions/0013-sizes-by-default.md.
-_LEARNING_RATE = 0.02
+LEARNING_RATE = 0.02
 # Where weights are trained already. docs/decisions/0030-trained-weights.md.
 _SLOW = 0.1
 
@@ -36,7 +42,7 @@ def checked_inner(inner: Any, max_kl: float | None) -> Any:
     if isinstance(inner, str):
         identifier = {
             "class_name": inner,
-            "config": {"learning_rate": _LEARNING_RATE},
+            "config": {"learning_rate": LEARNING_RATE},
         }
     try:
         inner = keras.optimizers.get(identifier)
@@ -112,8 +118,8 @@ def check_no_overwriting(inner: Any) -> None:
 def slow_down(inner: Any) -> None:
     """Lowers the learning rate that a name stood for, if it still has it."""
     rate = keras.ops.convert_to_numpy(inner.learning_rate)
-    if math.isclose(rate, _LEARNING_RATE, rel_tol=1e-6):
-        inner.learning_rate = _SLOW * _LEARNING_RATE
+    if math.isclose(rate, LEARNING_RATE, rel_tol=1e-6):
+        inner.learning_rate = _SLOW * LEARNING_RATE
 
 
 def _nothing(store: Any) -> None:

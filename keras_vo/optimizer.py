@@ -25,8 +25,9 @@ from keras_vo import search_distribution as distribution_lib
 from keras_vo.autograph import converted_as_caller
 from keras_vo.perturbations import registry
 from keras_vo.replicas import cost, strategies
+from keras_vo.search.activation_scale import ActivationScale, ByExample, Site
 from keras_vo.search.credit import Generation
-from keras_vo.search.rules import MaxKL
+from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search.state import Settings
 from keras_vo.search_steps import SearchSteps
 from keras_vo.user_steps import PLAIN_MODEL
@@ -34,9 +35,6 @@ from keras_vo.user_steps import PLAIN_MODEL
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
-
-# Of an optimizer by name: docs/decisions/0034-populations-by-level.md.
-_EXAMPLES_STEP = (0.5, 0.25)
 
 
 @keras.saving.register_keras_serializable(package="keras_vo")
@@ -179,8 +177,8 @@ class VOOptimizer(SearchSteps):
         super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
         self._inner_by_name = isinstance(inner_optimizer, str)
-        self._examples_step = (
-            _EXAMPLES_STEP if self._inner_by_name else (1.0, 1.0)
+        self._rate_by_name = (
+            inner_lib.LEARNING_RATE if self._inner_by_name else None
         )
         self.population_size = checks.checked_size(
             "population_size", population_size, antithetic
@@ -274,7 +272,10 @@ class VOOptimizer(SearchSteps):
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
         """What does not change from step to step, for these weights."""
-        rules = self.search_distribution.rules(variables, self.population_size)
+        rules: list[Rule] = [
+            ByExample(),
+            *self.search_distribution.rules(variables, self.population_size),
+        ]
         if self.max_kl is not None:
             layout = self.search_distribution.layout(variables)
             project = constraints.projection(variables, layout)
@@ -282,7 +283,6 @@ class VOOptimizer(SearchSteps):
         return Settings(
             self.population_size,
             self.examples_population_size,
-            self._examples_step,
             self.position_discount,
             self.antithetic,
             self._shape_fitness,
@@ -293,6 +293,15 @@ class VOOptimizer(SearchSteps):
             rules,
             self.chunk_size,
             self.memory_budget,
+        )
+
+    def activation_scale(self, sites: Sequence[Site]) -> ActivationScale:
+        """The scale of noise on activations, of these calls of layers."""
+        return ActivationScale.of(
+            sites,
+            chosen=self.search_distribution.chooses_stddev,
+            first=self._first_stddev,
+            rate=self._rate_by_name,
         )
 
     def scale_loss(self, loss: Any) -> Any:
@@ -318,7 +327,7 @@ class VOOptimizer(SearchSteps):
             "perturbation": self.perturbation,
             "credit": self.credit,
             "position_discount": self.position_discount,
-            "examples_step": self._examples_step,  # the inner one is an object
+            "rate_by_name": self._rate_by_name,  # the inner one is an object
             "examples_population_size": self.examples_population_size,
             "seed": self.seed,
             "chunk_size": self.chunk_size,
@@ -331,15 +340,16 @@ class VOOptimizer(SearchSteps):
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> VOOptimizer:
         config = dict(config)
-        step = config.pop("examples_step", None)
+        named = "rate_by_name" in config
+        rate = config.pop("rate_by_name", None)
         for key, value in config.items():
             if isinstance(value, dict):
                 config[key] = keras.saving.deserialize_keras_object(
                     value, custom_objects=custom_objects
                 )
         optimizer = cls(**config)
-        if step is not None:
-            optimizer._examples_step = tuple(step)
+        if named:
+            optimizer._rate_by_name = rate
         return optimizer
 
 

@@ -17,7 +17,7 @@ import numpy as np
 __all__ = ["NEWER", "named_variables", "restore", "save"]
 
 # What files of earlier versions lack, and what it was there.
-NEWER = {"blind_growth": 0.0, "blind": 0.0}
+NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": 0.0}
 
 _FORMAT = 1
 _MANIFEST = "manifest"

@@ -124,6 +124,11 @@ class GaussianSearchDistribution:
         """Whether sigma follows the mean in layers of many weights."""
         return self.adapts and self.follow_mean
 
+    @property
+    def chooses_stddev(self) -> bool:
+        """Whether sigma is chosen by default at first."""
+        return _is_auto(self.stddev)
+
     def layout(self, variables: Sequence[Any]) -> WeightLayout:
         """The layout of `variables`, grouped as this distribution wants."""
         if self.variance == "separable":

@@ -17,6 +17,7 @@ from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.monitor.observer import observed
+from keras_vo.perturbations import together
 from keras_vo.perturbations.base import Space
 from keras_vo.perturbations.scope import Recording
 from keras_vo.perturbations.together import Perturbations
@@ -154,6 +155,9 @@ class SearchSteps(SearchVariables):
         recording: Recording,
     ) -> tuple[Search, Perturbations]:
         """The search as it is now, and how it perturbs the variables."""
+        positions = {id(v): i for i, v in enumerate(variables)}
+        sites = together.sites(recording, positions)
+        scale = self.activation_scale(sites) if sites else None
         state = SearchState(
             self._gaussian(means),
             tf.convert_to_tensor(self._seed),
@@ -161,20 +165,24 @@ class SearchSteps(SearchVariables):
             tf.convert_to_tensor(self.iterations),
             {k: tf.convert_to_tensor(v) for k, v in self._rule_state.items()},
         )
+        if scale is not None:
+            state = scale.started(state, self._settings.rules)
         probe = None
         if self.observer is not None:
             scales = self._layout.per_tensor(mean_scale(self._settings, state))
             probe = Probe(scales, state.generation, self.observer.every)
         space = Space(
             state.gaussian,
-            {id(v): i for i, v in enumerate(variables)},
+            positions,
             self.search_distribution.adapts,
             probe,
         )
         perturbations = Perturbations(recording, space)
         replicas = current_replicas(self.exchange)
         return (
-            Search(self._settings, state, perturbations, replicas, probe),
+            Search(
+                self._settings, state, perturbations, replicas, probe, scale
+            ),
             perturbations,
         )
 

@@ -6,6 +6,7 @@ its steps.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from keras_vo.constraints import constraint_of
 from keras_vo.monitor.observer import StepObserver
 from keras_vo.replicas import strategies
 from keras_vo.search import noise
-from keras_vo.search.gaussian import Gaussian, stddev_of
+from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.layout import layer_groups, layer_names
 from keras_vo.search.state import Settings
 from keras_vo.search_distribution import GaussianSearchDistribution
@@ -101,7 +102,8 @@ class SearchVariables(keras.optimizers.Optimizer):
         beta = distribution.initial_log_variance(
             variables, self.population_size
         )
-        precision.warn_where_too_coarse(variables, stddev_of(beta))
+        self._first_stddev = math.exp(beta / 2)
+        precision.warn_where_too_coarse(variables, self._first_stddev)
         small = distribution.log_variance_of_trained(beta)
         self._small_start = tf.constant(small, self._layout.dtype)
         beta = tf.constant(beta, self._layout.dtype)

@@ -153,6 +153,17 @@ class Perturbation:
         return list(claims)
 
     @classmethod
+    def fans(cls, claims: Sequence[Any]) -> list[tuple[list[Any], int]]:
+        """Of each call with noise on its outputs the weights, the kernel
+        first, and the fan in of a unit; the scale of the noise follows of
+        them (see `keras_vo.search.activation_scale`).
+
+        Args:
+            claims: see `__init__`.
+        """
+        return []
+
+    @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
         """Checks that what was claimed fits the batch.
 

@@ -13,6 +13,7 @@ kernel and inputs as `operand` takes them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +74,11 @@ class LayerCall:
         return self.bias
 
     @property
+    def fan_in(self) -> int:
+        """The number of weights of the kernel that an output depends on."""
+        return 1
+
+    @property
     def arranged(self) -> tf.Tensor:
         """The inputs as `operand` takes them."""
         return self.inputs
@@ -120,6 +126,10 @@ class DenseCall(LayerCall):
     def operand(self) -> Operand:
         return Matrix()
 
+    @property
+    def fan_in(self) -> int:
+        return int(self.kernel.shape[0])
+
     def plain(self) -> tf.Tensor:
         return self.biased(shared_product(self.inputs, self._cast(self.kernel)))
 
@@ -139,6 +149,13 @@ class EinsumCall(LayerCall):
     @property
     def operand(self) -> Operand:
         return Matrix()
+
+    @property
+    def fan_in(self) -> int:
+        axes = dict(
+            zip(self.contraction.kernel, self.kernel.shape, strict=True)
+        )
+        return math.prod(axes[c] for c in self.contraction.contracted)
 
     def plain(self) -> tf.Tensor:
         c = self.contraction

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,17 +58,48 @@ def kept(claims: Sequence[Claim], recording: Recording) -> list[Claim]:
         claim._replace(by_position=placement.has_positions(claim.outputs, axes))
         for claim in claims
     ]
-    left = _without(claims, lambda c: placement.why_left(c, recording))
-    covered = {id(v) for claim in left for v in claim.variables}
-    if any(id(v) not in covered for v in recording.variables):
-        left = _without(left, lambda c: placement.why_noisier(c, recording))
+    left = _worth_it(
+        _without(claims, lambda c: placement.why_left(c, recording)), recording
+    )
     if axes is not None and not any(claim.by_position for claim in left):
         placement.warn_of_no_positions(axes, [c.outputs for c in claims])
     return left
 
 
+def _worth_it(claims: list[Claim], recording: Recording) -> list[Claim]:
+    """Those that pay.
+
+    If all weights can have noise on outputs, no member is needed that has
+    noise on weights, which is worth some noise. Where such members are needed
+    anyway, noise on few of the outputs makes theirs hardly less, and costs
+    members of its own.
+    """
+    tolerant = functools.partial(
+        placement.why_noisier, recording=recording, alone=True
+    )
+    strict = functools.partial(placement.why_noisier, recording=recording)
+    alone = _without(claims, tolerant, announced=False)
+    if _covers(alone, recording) == 1:
+        return alone
+    left = _without(claims, strict)
+    if recording.positions is not None:  # what the user wants of them
+        return left
+    share = _covers(left, recording)
+    return _without(left, lambda _: placement.why_few(share))
+
+
+def _covers(claims: Sequence[Claim], recording: Recording) -> float:
+    """The part of all weights that is perturbed by these."""
+    covered = {id(v) for claim in claims for v in claim.variables}
+    sizes = [(id(v), math.prod(v.shape)) for v in recording.variables]
+    own = sum(size for key, size in sizes if key in covered)
+    return own / max(1, sum(size for _, size in sizes))
+
+
 def _without(
-    claims: Sequence[Claim], why: Callable[[Claim], str | None]
+    claims: Sequence[Claim],
+    why: Callable[[Claim], str | None],
+    announced: bool = True,
 ) -> list[Claim]:
     """All but automatic claims that there is a reason against, and those of
     the same variables.
@@ -74,7 +107,8 @@ def _without(
     left: set[int] = set()
     for claim in claims:
         if claim.call.automatic and (reason := why(claim)) is not None:
-            placement.announce(claim.call.name, reason)
+            if announced:
+                placement.announce(claim.call.name, reason)
             left.update(map(id, claim.variables))
     return [
         claim

@@ -139,6 +139,10 @@ class LocalReparam(Perturbation):
         return claims_lib.kept(claims, recording)
 
     @classmethod
+    def fans(cls, claims: Sequence[Any]) -> list[tuple[list[Any], int]]:
+        return [(claim.variables, claim.call.fan_in) for claim in claims]
+
+    @classmethod
     def check_batch(cls, claims: Sequence[Any], inputs: tf.Tensor) -> None:
         """Checks that each call had the examples along its first axis."""
         for claim in claims:

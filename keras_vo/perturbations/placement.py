@@ -27,6 +27,7 @@ __all__ = [
     "check_weights",
     "has_positions",
     "warn_of_no_positions",
+    "why_few",
     "why_left",
     "why_noisier",
     "why_not",
@@ -34,7 +35,9 @@ __all__ = [
 
 # Outputs of an example for each weight of a kernel, at most. Measured:
 # benchmarks/results/local_perturbation.md.
-_MOST_OUTPUTS = 1
+_MOST_OUTPUTS, _MOST_OUTPUTS_ALONE = 1, 2
+# Of all weights, those that noise on activations has to perturb.
+_LEAST_SHARE = 0.1
 # Along axes whose size is not known when the step is traced.
 _UNKNOWN_POSITIONS = 64
 
@@ -77,23 +80,26 @@ def why_left(claim: Any, recording: Recording) -> str | None:
     for variable in claim.variables:
         if id(variable) in recording.left:
             return recording.left[id(variable)]
-    if len(claim.variables[0].shape) == 1:
-        return None
-    return why_noisier(claim, recording)
+    return None
 
 
-def why_noisier(claim: Any, recording: Recording) -> str | None:
+def why_noisier(
+    claim: Any, recording: Recording, alone: bool = False
+) -> str | None:
     """Why a claim would have more noise than its weights; `None`: it has not.
 
     The gradient of noise on outputs has a variance of their number (of those
     that are judged together), that of noise on weights has one of theirs. A
-    scale always has more outputs: it is asked where there are members with
-    noise on weights anyway.
+    scale always has more outputs.
 
     Args:
         claim: see `why_left`; with `by_position`.
         recording: of the mean network's pass.
+        alone: whether to ask what is worth it if no member with noise on
+            weights is needed then: somewhat more noise is, and that of scales.
     """
+    if alone and len(claim.variables[0].shape) == 1:
+        return None
     axes = claim.outputs.shape[1:-1]
     positions: Any = axes.num_elements()
     if claim.by_position:  # with later ones along the first axis alone
@@ -102,10 +108,18 @@ def why_noisier(claim: Any, recording: Recording) -> str | None:
         positions = _UNKNOWN_POSITIONS
     size = positions * claim.outputs.shape[-1]
     weights = claim.variables[0].shape.num_elements()
-    if size > _MOST_OUTPUTS * weights:
+    most = _MOST_OUTPUTS_ALONE if alone else _MOST_OUTPUTS
+    if size > most * weights:
         judged = "positions judged together have"
         judged = judged if claim.by_position else "an example has"
         return f"{judged} more of its outputs than it has weights"
+    return None
+
+
+def why_few(share: float) -> str | None:
+    """Why noise on activations of this part of all weights does not pay."""
+    if share < _LEAST_SHARE:
+        return f"it would perturb {share:.0%} of all weights only"
     return None
 
 

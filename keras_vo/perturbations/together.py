@@ -15,6 +15,7 @@ from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
 from keras_vo.perturbations.full import Full
 from keras_vo.perturbations.scope import Evaluation, Recording
+from keras_vo.search.activation_scale import Site
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import LEVELS, Rows
 from keras_vo.search.estimators import Direction
@@ -26,6 +27,7 @@ __all__ = [
     "check_batch",
     "levels",
     "settle",
+    "sites",
 ]
 
 Objective = Callable[[list[tf.Tensor]], Mapping[str, tf.Tensor]]
@@ -270,6 +272,24 @@ def settle(recording: Recording, read: Sequence[tf.Tensor]) -> None:
 def levels(recording: Recording) -> frozenset[str]:
     """The levels of credit that what was recorded needs."""
     return frozenset(registry.get(name).level for name in recording.claims)
+
+
+def sites(recording: Recording, positions: Mapping[int, int]) -> list[Site]:
+    """The calls that were recorded with noise on their outputs.
+
+    Args:
+        recording: of the mean network's pass.
+        positions: of each variable that is searched over, by its id.
+    """
+    return [
+        Site(
+            [positions[id(v)] for v in variables],
+            fan_in,
+            len(variables[0].shape) > 1,
+        )
+        for name, claims in recording.claims.items()
+        for variables, fan_in in registry.get(name).fans(claims)
+    ]
 
 
 def check_batch(recording: Recording, inputs: tf.Tensor) -> None:

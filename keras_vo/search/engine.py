@@ -21,7 +21,12 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_vo.search import credit, estimators, example_credit
+from keras_vo.search import (
+    activation_scale,
+    credit,
+    estimators,
+    example_credit,
+)
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
@@ -70,6 +75,7 @@ class Search:
         perturbations: of all variables.
         communicator: to the other replicas.
         probe: what of the gradient is measured; `None`: nothing.
+        activations: the scale of noise on activations; `None`: there is none.
     """
 
     settings: Settings
@@ -77,6 +83,7 @@ class Search:
     perturbations: Perturbations
     communicator: Communicator
     probe: Probe | None = None
+    activations: activation_scale.ActivationScale | None = None
 
     def ask(self, level: str = MEMBER) -> Members:
         """The members of a level to evaluate, those of all replicas.
@@ -118,11 +125,12 @@ class Search:
             level: self._pooled(level, population)
             for level, population in populations.items()
         }
-        direction = self._preconditioned(self._direction(populations, pooled))
+        direction, ties = self._direction(populations, pooled)
+        direction = self._preconditioned(direction)
         # Where a batch can't be had (the end of the data), nothing is done.
         losses = [p.losses for p in pooled.values()]
         with tf.control_dependencies(losses):
-            proposal, rules = self._proposed(direction, move_mean)
+            proposal, rules = self._proposed(direction, ties, move_mean)
         finite = tf.concat([tf.math.is_finite(x) for x in losses], axis=0)
         return Report(pooled, direction, tf.reduce_any(finite), proposal, rules)
 
@@ -171,11 +179,13 @@ class Search:
         self,
         populations: Mapping[str, Population],
         pooled: Mapping[str, credit.Pooled],
-    ) -> Direction:
-        """The gradient of U, from the members of all replicas."""
+    ) -> tuple[Direction, tf.Tensor | None]:
+        """The gradient of U, from the members of all replicas, and the part of
+        the losses of examples that are ties (in the first generation).
+        """
         together = self.communicator
         sums: dict[str, dict[str, tf.Tensor]] = {}
-        counts, own = {}, _OfReplica({}, {}, {})
+        counts, own, ties = {}, _OfReplica({}, {}, {}, {}), None
         for level, population in populations.items():
             kinds, members = self.perturbations.at(level), population.members
             if level == MEMBER:
@@ -200,12 +210,16 @@ class Search:
             own.sums.update(self._sums(level, shard, utilities, evaluated))
         if own.sums:
             flat = together.sum(tf.nest.flatten(tuple(own)))
-            summed, totals, seen = tf.nest.pack_sequence_as(tuple(own), flat)
+            summed, totals, seen, equal = tf.nest.pack_sequence_as(
+                tuple(own), flat
+            )
             sums |= summed
             counts |= seen
             for kind, values in totals.items():
                 sums[kind] = {**sums[kind], **values}
-        return self.perturbations.direction(sums, counts)
+            if EXAMPLE in equal:
+                ties = tf.math.divide_no_nan(*tf.unstack(equal[EXAMPLE]))
+        return self.perturbations.direction(sums, counts), ties
 
     def _examples(
         self, level: str, population: Population, own: _OfReplica
@@ -230,6 +244,9 @@ class Search:
             ),
         )
         dtype = self.state.gaussian.layout.dtype
+        own.ties[level] = activation_scale.first_ties(
+            outcomes, self.state.generation, dtype
+        )
         counts = tf.cast(shard.counts, dtype)
         seen = tf.shape(utilities["utilities"])[1]
         own.counts[level] = counts * tf.cast(seen, dtype)
@@ -292,40 +309,26 @@ class Search:
             ),
         )
 
-    def _slowed(self, mean: tf.Tensor) -> tf.Tensor:
-        """mu', where what examples give credit to goes a part of its way.
-
-        Its gradient is far less noise: an optimizer that gives gradients their
-        size itself (Adam) would go all of it in one direction.
-        """
-        levels = self.perturbations.levels
-        part = self.settings.examples_step[MEMBER in levels]
-        if part == 1 or EXAMPLE not in levels:
-            return mean
-        slow = set(self.perturbations.at(EXAMPLE).variables)
-        layout = self.state.gaussian.layout
-        parts = tf.concat(
-            [
-                tf.fill(
-                    [size],
-                    tf.constant(part if i in slow else 1.0, layout.dtype),
-                )
-                for i, size in enumerate(layout.sizes)
-            ],
-            axis=0,
-        )
-        old = self.state.gaussian.mean
-        return tf.where(parts == 1, mean, old + parts * (mean - old))
-
     def _proposed(
-        self, direction: Direction, move_mean: MoveMean
+        self,
+        direction: Direction,
+        ties: tf.Tensor | None,
+        move_mean: MoveMean,
     ) -> tuple[Proposal, State]:
         """The next distribution, and the next state of the rules."""
         state, rules = self.state, self.settings.rules
         layout = state.gaussian.layout
-        step = Step(state.gaussian, direction, state.updates)
+        step = Step(
+            state.gaussian,
+            direction,
+            state.updates,
+            state.generation,
+            self.activations,
+            MEMBER in self.perturbations.levels,
+            ties,
+        )
+        step = activation_scale.steadied(step, state.rules)
         mean = layout.flatten(move_mean(layout.unflatten(direction.mean)))
-        mean = self._slowed(mean)
         proposal = Proposal(mean, state.gaussian.log_variance)
         for rule in rules:
             proposal = rule.propose(step, proposal, state.rules)
@@ -342,8 +345,10 @@ class _OfReplica(NamedTuple):
         sums: by kind, over members.
         totals: by kind, over examples.
         counts: by level, of examples.
+        ties: by level, see `activation_scale.ties`.
     """
 
     sums: dict[str, dict[str, tf.Tensor]]
     totals: dict[str, dict[str, tf.Tensor]]
     counts: dict[str, tf.Tensor]
+    ties: dict[str, tf.Tensor]

@@ -150,13 +150,16 @@ class FollowMean:
         return stddev_of(state["base_log_variance"])
 
     def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
+        grown = self._next_growth(step, state).log_variance(self._most_grown)
         lift = lifted(
-            self._next_growth(step, state).log_variance(self._most_grown),
+            grown,
             proposal.mean - self._average(step, state),
             step.gaussian.layout,
             self.blocks,
             self.population_size,
         )
+        if step.steady is not None:
+            lift = tf.where(step.steady, grown, lift)
         return proposal._replace(log_variance=self.descent.bounds.clip(lift))
 
     def settle(
@@ -176,6 +179,9 @@ class FollowMean:
             "blind_growth": amount,
             "blind": new.blind,
         }
+
+    def shifted(self, state: State, change: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"base_log_variance": state["base_log_variance"] + change}
 
     @property
     def _most_grown(self) -> float:

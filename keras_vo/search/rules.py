@@ -7,6 +7,7 @@ of them after the inner optimizer has moved the mean:
     Descent      sigma goes down its own search gradient
     FollowMean   ... and follows the mean: `keras_vo.search.follow_mean`
     Scheduled    sigma is a function of the number of updates
+    ByExample    steps by noise on activations: `search.activation_scale`
     MaxKL        the step is shrunk to a bound on its KL divergence
 
 References:
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian, log_variance_of
+
+if TYPE_CHECKING:
+    from keras_vo.search.activation_scale import ActivationScale
 
 __all__ = [
     "Bounds",
@@ -32,6 +36,7 @@ __all__ = [
     "Rule",
     "Scheduled",
     "State",
+    "Stateless",
     "Step",
     "largest_fraction",
 ]
@@ -46,11 +51,23 @@ class Step(NamedTuple):
         gaussian: the search distribution before the step.
         direction: the gradients that the step goes down.
         updates: number of updates before this one, a scalar.
+        generation: number of populations before this one, a scalar.
+        activations: the scale of noise on activations; `None`: there is none.
+        mixed: whether other weights have noise of their own beside it.
+        ties: the part of the losses of examples that are those of other
+            members too, where that is measured; else `None`.
+        steady: groups whose sigma does not follow the mean, [groups]; `None`:
+            none.
     """
 
     gaussian: Gaussian
     direction: Direction
     updates: tf.Tensor
+    generation: tf.Tensor | None = None
+    activations: ActivationScale | None = None
+    mixed: bool = False
+    ties: tf.Tensor | None = None
+    steady: tf.Tensor | None = None
 
 
 class Proposal(NamedTuple):
@@ -93,6 +110,9 @@ class Rule(Protocol):
     ) -> dict[str, tf.Tensor]:
         """The next state, where `proposal` is what is done."""
 
+    def shifted(self, state: State, change: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What becomes of its state where `change` is added to beta."""
+
 
 class Stateless:
     """What a rule is that has no state."""
@@ -106,6 +126,9 @@ class Stateless:
     def settle(
         self, step: Step, proposal: Proposal, state: State
     ) -> dict[str, tf.Tensor]:
+        return {}
+
+    def shifted(self, state: State, change: tf.Tensor) -> dict[str, tf.Tensor]:
         return {}
 
 

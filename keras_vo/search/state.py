@@ -74,8 +74,6 @@ class Settings:
         population_size: number N of members that are judged as a whole.
         examples_population_size: number of those that are judged example by
             example, for each replica.
-        examples_step: the part of the inner optimizer's step that is taken by
-            what is judged example by example: alone, and beside what is not.
         position_discount: see `example_credit.position_losses`.
         antithetic: whether they come in mirrored pairs.
         shape: fitness shaping.
@@ -88,7 +86,6 @@ class Settings:
 
     population_size: int
     examples_population_size: int
-    examples_step: tuple[float, float]
     position_discount: float
     antithetic: bool
     shape: Shaping
