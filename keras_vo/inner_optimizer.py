@@ -14,7 +14,6 @@ from keras_vo.keras_compat import (
 )
 
 __all__ = [
-    "LEARNING_RATE",
     "build",
     "check_no_overwriting",
     "checked_inner",
@@ -22,7 +21,7 @@ __all__ = [
 ]
 
 # Of an inner optimizer given by name. docs/decisions/0013-sizes-by-default.md.
-LEARNING_RATE = 0.02
+_LEARNING_RATE = 0.02
 # Where weights are trained already. docs/decisions/0030-trained-weights.md.
 _SLOW = 0.1
 
@@ -42,7 +41,7 @@ def checked_inner(inner: Any, max_kl: float | None) -> Any:
     if isinstance(inner, str):
         identifier = {
             "class_name": inner,
-            "config": {"learning_rate": LEARNING_RATE},
+            "config": {"learning_rate": _LEARNING_RATE},
         }
     try:
         inner = keras.optimizers.get(identifier)
@@ -75,6 +74,11 @@ def checked_inner(inner: Any, max_kl: float | None) -> Any:
     # time, and load them by position into any other optimizer.
     inner.save_own_variables = inner.load_own_variables = _nothing
     return inner
+
+
+def rate_by_name(inner: Any) -> float | None:
+    """The learning rate that a name stands for; `None`: it is no name."""
+    return _LEARNING_RATE if isinstance(inner, str) else None
 
 
 def build(inner: Any, variables: Sequence[Any], moved: Sequence[Any]) -> None:
@@ -118,8 +122,8 @@ def check_no_overwriting(inner: Any) -> None:
 def slow_down(inner: Any) -> None:
     """Lowers the learning rate that a name stood for, if it still has it."""
     rate = keras.ops.convert_to_numpy(inner.learning_rate)
-    if math.isclose(rate, LEARNING_RATE, rel_tol=1e-6):
-        inner.learning_rate = _SLOW * LEARNING_RATE
+    if math.isclose(rate, _LEARNING_RATE, rel_tol=1e-6):
+        inner.learning_rate = _SLOW * _LEARNING_RATE
 
 
 def _nothing(store: Any) -> None:

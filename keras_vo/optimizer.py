@@ -25,7 +25,7 @@ from keras_vo import search_distribution as distribution_lib
 from keras_vo.autograph import converted_as_caller
 from keras_vo.perturbations import registry
 from keras_vo.replicas import cost, strategies
-from keras_vo.search.activation_scale import ActivationScale, ByExample, Site
+from keras_vo.search.activation_scale import ByExample
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search.state import Settings
@@ -61,8 +61,8 @@ class VOOptimizer(SearchSteps):
             clipping act as they do on any gradient. A name stands for that
             optimizer with learning rate 0.02 (0.002 for a model that is
             trained already when `fit` begins), otherwise Keras's defaults;
-            weights with noise on activations take half of each step, or a
-            quarter beside weights with noise of their own.
+            weights with noise on activations take steps in units of sigma
+            instead: see `keras_vo.search.activation_scale`.
         population_size: number N of members evaluated a step that have noise
             on their weights; even if `antithetic`.
         search_distribution: a `GaussianSearchDistribution`, or its variance:
@@ -100,8 +100,8 @@ class VOOptimizer(SearchSteps):
             that can't be perturbed so (called in a loop or by the loss, with
             a regularizer or a constraint, of weights that others read too, or
             with a BatchNormalization behind them) or should not (an example
-            has more outputs than the kernel has weights), keep noise of their
-            own.
+            has more outputs than the kernel has weights; or these are less
+            than a tenth of all weights), keep noise of their own.
         credit: what noise on activations is judged by: "example", its
             example's loss; or "position": where a layer's outputs have the
             axes of the loss, [batch, time], the loss at its own position.
@@ -177,9 +177,7 @@ class VOOptimizer(SearchSteps):
         super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
         self._inner_by_name = isinstance(inner_optimizer, str)
-        self._rate_by_name = (
-            inner_lib.LEARNING_RATE if self._inner_by_name else None
-        )
+        self._rate_by_name = inner_lib.rate_by_name(inner_optimizer)
         self.population_size = checks.checked_size(
             "population_size", population_size, antithetic
         )
@@ -293,15 +291,6 @@ class VOOptimizer(SearchSteps):
             rules,
             self.chunk_size,
             self.memory_budget,
-        )
-
-    def activation_scale(self, sites: Sequence[Site]) -> ActivationScale:
-        """The scale of noise on activations, of these calls of layers."""
-        return ActivationScale.of(
-            sites,
-            chosen=self.search_distribution.chooses_stddev,
-            first=self._first_stddev,
-            rate=self._rate_by_name,
         )
 
     def scale_loss(self, loss: Any) -> Any:

@@ -45,7 +45,9 @@ class GaussianSearchDistribution:
             `"auto"`: 0.2; or, where sigma follows the mean (see
             `follow_mean`) and that is more than 3 / sqrt(fan in), 1 /
             sqrt(fan in). Of a model that is trained already when `fit`
-            begins, a tenth of that. A number is taken as it is, with a
+            begins, a tenth of that. Of noise on activations, it is less in
+            deep networks, and more where losses take few values: see
+            `keras_vo.search.activation_scale`. A number is kept, with a
             warning where it is more than 3 / sqrt(fan in). A
             `LearningRateSchedule` of `keras.optimizers.schedules` is sigma as
             a function of the number of updates, for the variance "fixed".
@@ -57,7 +59,8 @@ class GaussianSearchDistribution:
         follow_mean: whether sigma follows the mean where it is learned and a
             layer (with `"isotropic"`, all) has more weights than the
             population has members, and more than 100: see
-            `keras_vo.search.follow_mean`. It is then at least the root mean
+            `keras_vo.search.follow_mean`. (Noise on activations: only where
+            losses take few values.) It is then at least the root mean
             square distance of the mean from where it has lately been, up to
             1.5 / sqrt(fan in), where the fan in is a mean over all kernels.
 

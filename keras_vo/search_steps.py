@@ -7,6 +7,7 @@ assigns what comes back.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from keras_vo.perturbations.scope import Recording
 from keras_vo.perturbations.together import Perturbations
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
+from keras_vo.search.activation_scale import ActivationScale, Site
 from keras_vo.search.chunks import NoiseSource
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
 from keras_vo.search.engine import Search
@@ -49,6 +51,7 @@ class SearchSteps(SearchVariables):
     perturbation: str
     credit: str
     position_discount: float
+    _rate_by_name: float | None
 
     def step(
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
@@ -157,7 +160,7 @@ class SearchSteps(SearchVariables):
         """The search as it is now, and how it perturbs the variables."""
         positions = {id(v): i for i, v in enumerate(variables)}
         sites = together.sites(recording, positions)
-        scale = self.activation_scale(sites) if sites else None
+        scale = self._scale_of(sites) if sites else None
         state = SearchState(
             self._gaussian(means),
             tf.convert_to_tensor(self._seed),
@@ -184,6 +187,15 @@ class SearchSteps(SearchVariables):
                 self._settings, state, perturbations, replicas, probe, scale
             ),
             perturbations,
+        )
+
+    def _scale_of(self, sites: Sequence[Site]) -> ActivationScale:
+        """Of the noise on the outputs of these calls."""
+        return ActivationScale.of(
+            sites,
+            chosen=self.search_distribution.chooses_stddev,
+            first=math.exp(self._first_log_variance / 2),
+            rate=self._rate_by_name,
         )
 
     def _take(

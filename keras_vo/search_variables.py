@@ -6,7 +6,6 @@ its steps.
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from keras_vo.constraints import constraint_of
 from keras_vo.monitor.observer import StepObserver
 from keras_vo.replicas import strategies
 from keras_vo.search import noise
-from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.gaussian import Gaussian, stddev_of
 from keras_vo.search.layout import layer_groups, layer_names
 from keras_vo.search.state import Settings
 from keras_vo.search_distribution import GaussianSearchDistribution
@@ -102,8 +101,8 @@ class SearchVariables(keras.optimizers.Optimizer):
         beta = distribution.initial_log_variance(
             variables, self.population_size
         )
-        self._first_stddev = math.exp(beta / 2)
-        precision.warn_where_too_coarse(variables, self._first_stddev)
+        self._first_log_variance = beta
+        precision.warn_where_too_coarse(variables, stddev_of(beta))
         small = distribution.log_variance_of_trained(beta)
         self._small_start = tf.constant(small, self._layout.dtype)
         beta = tf.constant(beta, self._layout.dtype)
@@ -148,7 +147,7 @@ class SearchVariables(keras.optimizers.Optimizer):
         return bool(smaller or self._inner_by_name)
 
     def _add_state(self, name: str, value: tf.Tensor) -> Any:
-        variable = self.add_variable(
+        return self.add_variable(
             tuple(value.shape),
             # By an initializer: several machines then all have that of the
             # first.
@@ -156,7 +155,6 @@ class SearchVariables(keras.optimizers.Optimizer):
             dtype=value.dtype.name,
             name=name,
         )
-        return variable
 
     def _keep_mean(self, variable: Any) -> Any:
         """The float32 mean of a variable of low precision."""

@@ -229,7 +229,8 @@ def test_nothing_follows(population_size, follow, stddev):
         optimizer.minimize(objective, variables)
     assert np.abs(flat(variables) - START).max() > 1
     np.testing.assert_allclose(flat(optimizer.stddevs), stddev, rtol=0.05)
-    assert optimizer._rule_state == {}
+    assert set(optimizer._rule_state) == {"discrete"}
+    assert float(optimizer._rule_state["discrete"]) == 0
 
 
 def test_bounds_are_kept_whatever_the_floor():

@@ -36,6 +36,7 @@ from keras_vo.search.members import Members, Shard
 from keras_vo.search.rules import Proposal, State, Step
 from keras_vo.search.signal_to_noise import Probe
 from keras_vo.search.state import (
+    OfReplica,
     Perturbations,
     Report,
     SearchState,
@@ -185,7 +186,7 @@ class Search:
         """
         together = self.communicator
         sums: dict[str, dict[str, tf.Tensor]] = {}
-        counts, own, ties = {}, _OfReplica({}, {}, {}, {}), None
+        counts, own, ties = {}, OfReplica({}, {}, {}, {}), None
         for level, population in populations.items():
             kinds, members = self.perturbations.at(level), population.members
             if level == MEMBER:
@@ -222,7 +223,7 @@ class Search:
         return self.perturbations.direction(sums, counts), ties
 
     def _examples(
-        self, level: str, population: Population, own: _OfReplica
+        self, level: str, population: Population, own: OfReplica
     ) -> dict[str, tf.Tensor]:
         """Utilities of this replica's examples, and of their positions.
 
@@ -336,19 +337,3 @@ class Search:
         for rule in rules:
             settled |= rule.settle(step, proposal, state.rules)
         return proposal, settled
-
-
-class _OfReplica(NamedTuple):
-    """What replicas add up, to be filled.
-
-    Attributes:
-        sums: by kind, over members.
-        totals: by kind, over examples.
-        counts: by level, of examples.
-        ties: by level, see `activation_scale.ties`.
-    """
-
-    sums: dict[str, dict[str, tf.Tensor]]
-    totals: dict[str, dict[str, tf.Tensor]]
-    counts: dict[str, tf.Tensor]
-    ties: dict[str, tf.Tensor]

@@ -16,6 +16,7 @@ from keras_vo.search.gaussian import Gaussian
 from keras_vo.search.rules import Proposal, Rule, State
 
 __all__ = [
+    "OfReplica",
     "Perturbations",
     "PerturbationsOfLevel",
     "Report",
@@ -112,6 +113,22 @@ class SearchState(NamedTuple):
     generation: tf.Tensor
     updates: tf.Tensor
     rules: State
+
+
+class OfReplica(NamedTuple):
+    """What replicas add up, to be filled.
+
+    Attributes:
+        sums: by kind, over members.
+        totals: by kind, over examples.
+        counts: by level, of examples.
+        ties: by level, see `activation_scale.ties`.
+    """
+
+    sums: dict[str, dict[str, tf.Tensor]]
+    totals: dict[str, dict[str, tf.Tensor]]
+    counts: dict[str, tf.Tensor]
+    ties: dict[str, tf.Tensor]
 
 
 class Report(NamedTuple):
