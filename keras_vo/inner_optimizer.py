@@ -17,6 +17,7 @@ __all__ = [
     "build",
     "check_no_overwriting",
     "checked_inner",
+    "rate_by_name",
     "slow_down",
 ]
 

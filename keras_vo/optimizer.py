@@ -100,8 +100,9 @@ class VOOptimizer(SearchSteps):
             that can't be perturbed so (called in a loop or by the loss, with
             a regularizer or a constraint, of weights that others read too, or
             with a BatchNormalization behind them) or should not (an example
-            has more outputs than the kernel has weights; or these are less
-            than a tenth of all weights), keep noise of their own.
+            has more outputs than the kernel has weights, twice as many where
+            nothing else has noise on weights; or, but for credit by position,
+            these are less than a tenth of all weights), keep their own.
         credit: what noise on activations is judged by: "example", its
             example's loss; or "position": where a layer's outputs have the
             axes of the loss, [batch, time], the loss at its own position.
@@ -176,7 +177,6 @@ class VOOptimizer(SearchSteps):
             )
         super().__init__(name)
         self.inner_optimizer = inner_lib.checked_inner(inner_optimizer, max_kl)
-        self._inner_by_name = isinstance(inner_optimizer, str)
         self._rate_by_name = inner_lib.rate_by_name(inner_optimizer)
         self.population_size = checks.checked_size(
             "population_size", population_size, antithetic

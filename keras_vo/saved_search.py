@@ -17,7 +17,7 @@ import numpy as np
 __all__ = ["NEWER", "named_variables", "restore", "save"]
 
 # What files of earlier versions lack, and what it was there.
-NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": 0.0}
+NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": -3.0}
 
 _FORMAT = 1
 _MANIFEST = "manifest"
@@ -130,6 +130,9 @@ def restore(
         more = len(differences) - _TOLD
         differences = [*differences[:_TOLD], f"and {more} more"]
     if not differences:
+        for name, variable in variables.items():
+            if name in NEWER:
+                variable.assign(NEWER[name])
         for name, variable in targets.items():
             variable.assign(values[name])
     return differences

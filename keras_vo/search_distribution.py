@@ -39,8 +39,8 @@ class GaussianSearchDistribution:
 
     Args:
         variance: which weights share one variance. `"fixed"`: all, and it is
-            never changed (an evolution strategy). `"isotropic"`: all.
-            `"layerwise"`: those of one layer. `"separable"`: none.
+            never changed once the search has begun (an evolution strategy).
+            `"isotropic"`: all. `"layerwise"`: those of one layer. `"separable"`: none.
         stddev: initial standard deviation sigma, in units of the weights.
             `"auto"`: 0.2; or, where sigma follows the mean (see
             `follow_mean`) and that is more than 3 / sqrt(fan in), 1 /
@@ -131,6 +131,11 @@ class GaussianSearchDistribution:
     def chooses_stddev(self) -> bool:
         """Whether sigma is chosen by default at first."""
         return _is_auto(self.stddev)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether sigma is a function of the number of updates."""
+        return _is_schedule(self.stddev)
 
     def layout(self, variables: Sequence[Any]) -> WeightLayout:
         """The layout of `variables`, grouped as this distribution wants."""

@@ -51,7 +51,6 @@ class SearchSteps(SearchVariables):
     perturbation: str
     credit: str
     position_discount: float
-    _rate_by_name: float | None
 
     def step(
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any
@@ -195,7 +194,9 @@ class SearchSteps(SearchVariables):
             sites,
             chosen=self.search_distribution.chooses_stddev,
             first=math.exp(self._first_log_variance / 2),
+            bounds=self.search_distribution.bounds,
             rate=self._rate_by_name,
+            scheduled=self.search_distribution.is_scheduled,
         )
 
     def _take(

@@ -42,7 +42,7 @@ class SearchVariables(keras.optimizers.Optimizer):
     search_distribution: GaussianSearchDistribution
     seed: int | None
     population_size: int
-    _inner_by_name: bool
+    _rate_by_name: float | None
     _trained: Callable[[], list[Any]]
 
     def __init__(self, name: str | None) -> None:
@@ -141,10 +141,10 @@ class SearchVariables(keras.optimizers.Optimizer):
         self._log_variance.assign(tf.fill(beta.shape, self._small_start))
         for name, value in self._initial_rule_state().items():
             self._rule_state[name].assign(value)
-        if self._inner_by_name:
+        by_name = self._rate_by_name is not None
+        if by_name:
             inner_lib.slow_down(self.inner_optimizer)
-        smaller = np.any(beta.numpy() > self._small_start)
-        return bool(smaller or self._inner_by_name)
+        return by_name or bool(np.any(beta.numpy() > self._small_start))
 
     def _add_state(self, name: str, value: tf.Tensor) -> Any:
         return self.add_variable(

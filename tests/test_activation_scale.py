@@ -14,6 +14,7 @@ from keras_vo.perturbations.calls import EinsumCall
 from keras_vo.perturbations.contraction import Contraction
 from keras_vo.search.activation_scale import ActivationScale, Site, ties
 from keras_vo.search.layout import WeightLayout
+from keras_vo.search.rules import Bounds
 
 G = keras_vo.GaussianSearchDistribution
 
@@ -24,8 +25,10 @@ def zero_one(y_true, y_pred):
     return tf.cast(wrong, tf.float32)
 
 
-def scale_of(sites, chosen=True, first=0.2, rate=0.02):
-    return ActivationScale.of(sites, chosen=chosen, first=first, rate=rate)
+def scale_of(sites, chosen=True, first=0.2, bounds=(1e-6, 1e3)):
+    return ActivationScale.of(
+        sites, chosen=chosen, first=first, bounds=Bounds(*bounds), rate=0.02
+    )
 
 
 SITES = [
@@ -95,18 +98,26 @@ def test_groups(groups, expected):
     )
 
 
+def test_within_bounds():
+    scale = scale_of(SITES, bounds=(0.05, 0.1))
+    assert set(scale.wide.values()) == {0.1}
+    assert scale.narrow[7] == 0.05 and scale.narrow[2] == pytest.approx(0.075)
+
+
 def test_ties_by_hand():
     losses = tf.constant(
-        [
-            [0.0, 1.0, 0.0, np.nan],
-            [1.0, 2.0, 0.0, np.nan],
-            [0.0, 3.0, 0.0, 1.0],
-            [1.0, 4.0, 0.0, 2.0],
+        [  # different, all the same, not finite, few values
+            [0.5, 1.5, 0.0, np.nan, 0.0],
+            [1.0, 2.0, 0.0, np.nan, 3.0],
+            [0.7, 3.0, 0.0, 1.0, 3.0],
+            [1.1, 4.0, 0.0, np.inf, 3.0],
         ]
     )
-    np.testing.assert_array_equal(ties(losses, 1.0), [2 + 0 + 3 + 0, 12])
-    weights = tf.constant([1.0, 2.0, 0.0, 1.0])  # padding does not count
-    np.testing.assert_array_equal(ties(losses, weights), [2, 9])
+    np.testing.assert_array_equal(ties(losses, 1.0), [2, 3 + 3 + 2])
+    weights = tf.constant([1.0, 2.0, 1.0, 1.0, 0.0])  # the last is padding
+    np.testing.assert_array_equal(ties(losses, weights), [0, 6])
+    hinge = tf.nn.relu(losses[:, :2] - 1.0)  # 0 for two of the first
+    np.testing.assert_array_equal(ties(hinge, 1.0), [0, 3])
 
 
 def test_fan_in_of_an_einsum():
@@ -153,8 +164,10 @@ SMOOTH = "sparse_categorical_crossentropy"
 
 def test_smooth_losses_are_narrow():
     """And sigma goes down its gradient only, by less than 3 % in two steps."""
-    model = trained(SMOOTH, 2)
-    narrow = [0.75 * min(0.2, d**-0.5) / math.sqrt(2) for d in (4, 4, 16, 16)]
+    optimizer = keras_vo.VOOptimizer(seed=2, perturbation="local_reparam")
+    model = trained(SMOOTH, 2, models.make_model(network(100), optimizer))
+    fans = (4, 4, 100, 100)
+    narrow = [0.75 * min(0.2, d**-0.5) / math.sqrt(2) for d in fans]
     np.testing.assert_allclose(sigmas(model), narrow, rtol=0.03)
     assert float(model.optimizer._rule_state["discrete"]) == 0.0
 
@@ -171,11 +184,71 @@ def test_a_number_stays(loss):
     np.testing.assert_allclose(sigmas(model), [0.05] * 4, rtol=1e-6)
 
 
-def test_bounds_hold():
-    model = trained(zero_one, 2, search_distribution=G(max_stddev=0.12))
-    assert max(sigmas(model)) <= 0.12 * (1 + 1e-6)
-    model = trained(SMOOTH, 1, search_distribution=G(min_stddev=0.15))
+@pytest.mark.parametrize("variance", ["fixed", "layerwise"])
+def test_bounds_hold(variance):
+    """Where no rule looks after them, too."""
+    distribution = G(variance, max_stddev=0.08)
+    model = trained(zero_one, 2, search_distribution=distribution)
+    assert max(sigmas(model)) <= 0.08 * (1 + 1e-6)
+    distribution = G(variance, min_stddev=0.15)
+    model = trained(SMOOTH, 1, search_distribution=distribution)
     assert min(sigmas(model)) >= 0.15 * (1 - 1e-6)
+
+
+def test_a_first_population_that_finds_nothing():
+    """No loss is finite: the next one is the first, as narrow as it."""
+    now = tf.Variable(np.inf, trainable=False)
+    model = models.make_model(
+        network(),
+        keras_vo.VOOptimizer(seed=2, perturbation="local_reparam"),
+        loss=lambda t, p: zero_one(t, p) + now - now,
+    )
+    x, y = models.make_data(8)
+    seen = []
+    for value in (np.inf, 0.0, 0.0):
+        now.assign(value)
+        model.fit(x, y, batch_size=8, verbose=0)
+        seen.append(sigmas(model)[0])
+    np.testing.assert_allclose(seen, [0.1061, 0.1061, 0.2], rtol=0.05)
+
+
+def test_a_schedule_sets_steps_too():
+    """Of sigma now, not of the first one."""
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [0], [0.02, 0.08]
+    )
+    model = models.make_model(
+        network(),
+        keras_vo.VOOptimizer(
+            seed=2,
+            perturbation="local_reparam",
+            search_distribution=G("fixed", stddev=schedule),
+        ),
+    )
+    np.testing.assert_allclose(moved(model), [0.002] * 4, rtol=0.01)
+    assert 0.004 < max(moved(model)) < 0.0081
+
+
+def test_positions_are_asked_for_ties():
+    """Their sum over an example takes many values."""
+    x = np.random.default_rng(0).normal(size=(16, 200, 3)).astype("float32")
+    y = np.argmax(x, axis=-1)
+    layer_list = [layers.Dense(4, activation="relu"), layers.Dense(3)]
+
+    def wrong(y_true, y_pred):
+        predicted = tf.argmax(y_pred, axis=-1)
+        return tf.cast(predicted != tf.cast(y_true, tf.int64), tf.float32)
+
+    model = models.make_model(
+        layer_list,
+        keras_vo.VOOptimizer(
+            seed=2, perturbation="local_reparam", credit="position"
+        ),
+        (200, 3),
+        loss=wrong,
+    )
+    model.fit(x, y, batch_size=8, verbose=0)
+    np.testing.assert_allclose(sigmas(model), [0.2] * 4, rtol=0.1)
 
 
 @pytest.mark.parametrize("variance", ["isotropic", "separable"])

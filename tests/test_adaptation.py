@@ -230,7 +230,7 @@ def test_nothing_follows(population_size, follow, stddev):
     assert np.abs(flat(variables) - START).max() > 1
     np.testing.assert_allclose(flat(optimizer.stddevs), stddev, rtol=0.05)
     assert set(optimizer._rule_state) == {"discrete"}
-    assert float(optimizer._rule_state["discrete"]) == 0
+    assert float(optimizer._rule_state["discrete"]) == -2  # no examples
 
 
 def test_bounds_are_kept_whatever_the_floor():

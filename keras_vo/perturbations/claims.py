@@ -82,7 +82,9 @@ def _worth_it(claims: list[Claim], recording: Recording) -> list[Claim]:
     if _covers(alone, recording) == 1:
         return alone
     left = _without(claims, strict)
-    if recording.positions is not None:  # what the user wants of them
+    if recording.positions is not None or not all(
+        claim.call.automatic for claim in left
+    ):  # what the user wants of single layers
         return left
     share = _covers(left, recording)
     return _without(left, lambda _: placement.why_few(share))

@@ -14,9 +14,9 @@ examples:
     wide      sigma_i = min(0.2, 3 / sqrt(d_i))
 
 The first population tells the two apart: where losses are discrete, most of an
-example's are equal to that of another member. Then all that comes later is
-wide, and sigma follows the mean (`keras_vo.search.follow_mean`), as that of
-weights does; else it goes down its gradient only.
+example's are equal to that of another member (`ties`). Then all that comes
+later is wide, and sigma follows the mean (`keras_vo.search.follow_mean`), as
+that of weights does; else it goes down its gradient only.
 
 Steps of an inner optimizer that is given by name are sigma_i / 10, or
 sigma_i / 20 where it is wide, and half of that beside weights that have noise
@@ -33,15 +33,23 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_vo.search.credit import EXAMPLE, Outcomes
+from keras_vo.search.credit import EXAMPLE, POSITION, Outcomes
 from keras_vo.search.gaussian import log_variance_of
 from keras_vo.search.layout import WeightLayout
-from keras_vo.search.rules import Proposal, Rule, State, Stateless, Step
+from keras_vo.search.rules import (
+    Bounds,
+    Proposal,
+    Rule,
+    State,
+    Stateless,
+    Step,
+)
 from keras_vo.search.state import SearchState
 
 __all__ = [
     "ActivationScale",
     "ByExample",
+    "RESUMED",
     "Site",
     "first_ties",
     "is_discrete",
@@ -54,6 +62,8 @@ _NARROW, _WIDE = 0.75, 3.0  # in units of 1 / sqrt(fan in)
 _STEP, _WIDE_STEP, _MIXED = 0.1, 0.05, 0.5
 _DISCRETE = "discrete"
 _LEAST_TIES = 0.5
+# Before ties are known: nothing has begun; it has; it had without them.
+_NEW, _BEGUN, RESUMED = -2.0, -1.0, -3.0
 
 
 class Site(NamedTuple):
@@ -80,15 +90,19 @@ class ActivationScale:
         wide: that where losses are discrete.
         starts: whether sigma begins there; else that is the user's.
         first: sigma of all weights before that.
+        bounds: of sigma.
         rate: the step of the inner optimizer, where it is to be as long as
             sigma says; `None`: it is right as it is.
+        scheduled: whether sigma is a function of the number of updates.
     """
 
     narrow: Mapping[int, float]
     wide: Mapping[int, float]
     starts: bool
     first: float
+    bounds: Bounds
     rate: float | None
+    scheduled: bool
 
     @classmethod
     def of(
@@ -97,27 +111,32 @@ class ActivationScale:
         *,
         chosen: bool,
         first: float,
+        bounds: Bounds,
         rate: float | None,
+        scheduled: bool = False,
     ) -> ActivationScale:
         """That of a network.
 
         Args:
             sites: calls with noise on their outputs.
             chosen: whether sigma is chosen here, or the user's.
-            first: see above.
-            rate: see above.
+            first: see above, and so are the others.
         """
         layers = math.sqrt(max(1, sum(site.mixes for site in sites)))
         narrow: dict[int, float] = {}
         wide: dict[int, float] = {}
         for site in sites:
-            unit = 1 / math.sqrt(site.fan_in)
+            unit = 1 / math.sqrt(max(1, site.fan_in))
+            sigmas = (
+                _NARROW * min(_MOST, unit) / layers,
+                min(_MOST, _WIDE * unit),
+            )
             for i in site.variables:
-                narrow[i] = wide[i] = first
-                if chosen:
-                    narrow[i] = _NARROW * min(_MOST, unit) / layers
-                    wide[i] = min(_MOST, _WIDE * unit)
-        return cls(narrow, wide, chosen, first, rate)
+                narrow[i], wide[i] = (
+                    bounds.within(sigma) if chosen else first
+                    for sigma in sigmas
+                )
+        return cls(narrow, wide, chosen, first, bounds, rate, scheduled)
 
     def changes(self, layout: WeightLayout) -> tuple[tf.Tensor, tf.Tensor]:
         """What is added to beta [groups] at first, and where losses turn out
@@ -161,22 +180,30 @@ class ActivationScale:
     def started(self, state: SearchState, rules: Sequence[Rule]) -> SearchState:
         """The state, with this scale where the search begins.
 
-        The first population is narrow, and the second one wide if the first
-        one has found that losses are discrete.
+        The first population is narrow, and the one after it wide if it has
+        found that losses are discrete. (One that has found nothing, as no loss
+        was finite, is followed by another first one.)
         """
         if not self.starts:
             return state
-        gaussian = state.gaussian
+        gaussian, found = state.gaussian, state.rules[_DISCRETE]
         to_narrow, to_wide = self.changes(gaussian.layout)
-        again = tf.equal(state.generation, 1) & is_discrete(state.rules)
+        new = tf.equal(found, _NEW)
+        again = is_discrete(state.rules) & (found <= 1)
         change = tf.where(again, to_wide, tf.zeros_like(to_wide))
-        change = tf.where(tf.equal(state.generation, 0), to_narrow, change)
+        change = tf.where(new, to_narrow, change)
         changed = dict(state.rules)
         for rule in rules:
             changed |= rule.shifted(state.rules, change)
-        beta = gaussian.log_variance + change
+        changed[_DISCRETE] = tf.where(
+            new, _BEGUN, found + tf.cast(again, found.dtype)
+        )
+        beta = self.bounds.clip(gaussian.log_variance + change)
         return state._replace(
-            gaussian=dataclasses.replace(gaussian, log_variance=beta),
+            gaussian=dataclasses.replace(
+                gaussian,
+                log_variance=tf.where(new | again, beta, gaussian.log_variance),
+            ),
             rules=changed,
         )
 
@@ -222,14 +249,13 @@ def steadied(step: Step, state: State) -> Step:
     return step._replace(steady=own & ~is_discrete(state))
 
 
-def first_ties(
-    outcomes: Outcomes, generation: tf.Tensor, dtype: tf.DType
-) -> tf.Tensor:
-    """`ties` of the first population; of others none."""
+def first_ties(outcomes: Outcomes, state: State, dtype: tf.DType) -> tf.Tensor:
+    """`ties`, unless they are known: then none."""
+    level = POSITION if POSITION in outcomes.losses else EXAMPLE
     return tf.cond(
-        tf.equal(generation, 0),
+        state[_DISCRETE] < 0,
         lambda: tf.cast(
-            ties(outcomes.losses[EXAMPLE], outcomes.weights.get(EXAMPLE, 1.0)),
+            ties(outcomes.losses[level], outcomes.weights.get(level, 1.0)),
             dtype,
         ),
         lambda: tf.zeros([2], dtype),
@@ -239,32 +265,45 @@ def first_ties(
 def ties(losses: tf.Tensor, weights: tf.Tensor | float) -> tf.Tensor:
     """How many losses of examples are those of other members too.
 
+    What tells nothing does not count: losses that are not finite, the least of
+    all (hinge losses are 0 beyond the margin), and examples whose losses are
+    all equal.
+
     Args:
-        losses: [N, batch].
-        weights: of the examples, [batch] or a scalar; those of weight 0 do not
-            count.
+        losses: [N, batch, ...].
+        weights: of the examples, [batch, ...] or a scalar; those of weight 0
+            do not count.
 
     Returns:
         Their number and that of all, [2], where one of each value is left out.
     """
     ordered = tf.sort(losses, axis=0)
-    counts = tf.broadcast_to(
-        tf.cast(weights, losses.dtype) > 0, tf.shape(ordered[1:])
+    known = tf.math.is_finite(ordered)
+    least = tf.reduce_min(tf.where(known, ordered, ordered.dtype.max))
+    lower, upper = ordered[:-1], ordered[1:]
+    counts = (
+        (tf.cast(weights, losses.dtype) > 0)
+        & (lower > least)
+        & known[1:]
+        & (ordered[0] < ordered[-1])
     )
-    equal = tf.equal(ordered[1:], ordered[:-1]) & counts
     return tf.stack(
-        [tf.math.count_nonzero(x, dtype=losses.dtype) for x in (equal, counts)]
+        [
+            tf.math.count_nonzero(x, dtype=losses.dtype)
+            for x in (counts & tf.equal(lower, upper), counts)
+        ]
     )
 
 
 class ByExample(Stateless):
     """The rule: where losses of examples lead, steps are as long as sigma says.
 
-    Its state is `discrete`, the part of ties in the first population.
+    Its state is `discrete`, the part of ties in the first population; plus 1
+    once sigma is wide, and less than 0 before it is known.
     """
 
     def init(self, log_variance: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {_DISCRETE: tf.zeros([], log_variance.dtype)}
+        return {_DISCRETE: tf.constant(_NEW, log_variance.dtype)}
 
     def propose(self, step: Step, proposal: Proposal, state: State) -> Proposal:
         scale, layout = step.activations, step.gaussian.layout
@@ -282,6 +321,9 @@ class ByExample(Stateless):
             ],
             axis=0,
         )
+        if scale.scheduled:
+            now = layout.expand(step.gaussian.stddev)
+            parts = tf.where(parts == 1, parts, parts * now / scale.first)
         mean = old + parts * (proposal.mean - old)
         return proposal._replace(mean=tf.where(parts == 1, proposal.mean, mean))
 
@@ -289,7 +331,11 @@ class ByExample(Stateless):
         self, step: Step, proposal: Proposal, state: State
     ) -> dict[str, tf.Tensor]:
         found = state[_DISCRETE]
-        if step.ties is not None:
-            ties = tf.cast(step.ties, found.dtype)
-            found = tf.where(tf.equal(step.generation, 0), ties, found)
-        return {_DISCRETE: found}
+        if step.ties is None:
+            return {_DISCRETE: found}
+        equal, count = tf.unstack(tf.cast(step.ties, found.dtype))
+        part = tf.math.divide_no_nan(equal, count)
+        # Its sigma has had time to adapt: it is left as it is.
+        resumed = tf.equal(found, RESUMED) & (part > _LEAST_TIES)
+        part += tf.cast(resumed, found.dtype)
+        return {_DISCRETE: tf.where((found < 0) & (count > 0), part, found)}

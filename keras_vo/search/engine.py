@@ -181,8 +181,8 @@ class Search:
         populations: Mapping[str, Population],
         pooled: Mapping[str, credit.Pooled],
     ) -> tuple[Direction, tf.Tensor | None]:
-        """The gradient of U, from the members of all replicas, and the part of
-        the losses of examples that are ties (in the first generation).
+        """The gradient of U, from the members of all replicas, and how many
+        losses of examples are ties.
         """
         together = self.communicator
         sums: dict[str, dict[str, tf.Tensor]] = {}
@@ -218,8 +218,7 @@ class Search:
             counts |= seen
             for kind, values in totals.items():
                 sums[kind] = {**sums[kind], **values}
-            if EXAMPLE in equal:
-                ties = tf.math.divide_no_nan(*tf.unstack(equal[EXAMPLE]))
+            ties = equal.get(EXAMPLE)
         return self.perturbations.direction(sums, counts), ties
 
     def _examples(
@@ -246,7 +245,7 @@ class Search:
         )
         dtype = self.state.gaussian.layout.dtype
         own.ties[level] = activation_scale.first_ties(
-            outcomes, self.state.generation, dtype
+            outcomes, self.state.rules, dtype
         )
         counts = tf.cast(shard.counts, dtype)
         seen = tf.shape(utilities["utilities"])[1]
@@ -323,7 +322,6 @@ class Search:
             state.gaussian,
             direction,
             state.updates,
-            state.generation,
             self.activations,
             MEMBER in self.perturbations.levels,
             ties,

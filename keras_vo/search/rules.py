@@ -51,11 +51,10 @@ class Step(NamedTuple):
         gaussian: the search distribution before the step.
         direction: the gradients that the step goes down.
         updates: number of updates before this one, a scalar.
-        generation: number of populations before this one, a scalar.
         activations: the scale of noise on activations; `None`: there is none.
         mixed: whether other weights have noise of their own beside it.
-        ties: the part of the losses of examples that are those of other
-            members too, where that is measured; else `None`.
+        ties: see `activation_scale.first_ties`, summed over replicas; `None`:
+            there are no losses of examples.
         steady: groups whose sigma does not follow the mean, [groups]; `None`:
             none.
     """
@@ -63,7 +62,6 @@ class Step(NamedTuple):
     gaussian: Gaussian
     direction: Direction
     updates: tf.Tensor
-    generation: tf.Tensor | None = None
     activations: ActivationScale | None = None
     mixed: bool = False
     ties: tf.Tensor | None = None
@@ -138,6 +136,10 @@ class Bounds:
 
     min_stddev: float
     max_stddev: float
+
+    def within(self, stddev: float) -> float:
+        """sigma within the bounds."""
+        return min(max(stddev, self.min_stddev), self.max_stddev)
 
     def clip(self, log_variance: tf.Tensor) -> tf.Tensor:
         """beta = log sigma^2 within the bounds."""
