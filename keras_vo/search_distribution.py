@@ -40,7 +40,8 @@ class GaussianSearchDistribution:
     Args:
         variance: which weights share one variance. `"fixed"`: all, and it is
             never changed once the search has begun (an evolution strategy).
-            `"isotropic"`: all. `"layerwise"`: those of one layer. `"separable"`: none.
+            `"isotropic"`: all. `"layerwise"`: those of one layer.
+            `"separable"`: none.
         stddev: initial standard deviation sigma, in units of the weights.
             `"auto"`: 0.2; or, where sigma follows the mean (see
             `follow_mean`) and that is more than 3 / sqrt(fan in), 1 /
