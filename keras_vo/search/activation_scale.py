@@ -196,7 +196,9 @@ class ActivationScale:
         for rule in rules:
             changed |= rule.shifted(state.rules, change)
         changed[_DISCRETE] = tf.where(
-            new, _BEGUN, found + tf.cast(again, found.dtype)
+            new,
+            tf.constant(_BEGUN, found.dtype),
+            found + tf.cast(again, found.dtype),
         )
         beta = self.bounds.clip(gaussian.log_variance + change)
         return state._replace(
