@@ -16,7 +16,8 @@ import numpy as np
 
 __all__ = ["NEWER", "named_variables", "restore", "save"]
 
-# What files of earlier versions lack, and what it was there.
+# What files of earlier versions lack, and what it was there; "discrete": see
+# `RESUMED` in `keras_vo.search.activation_scale`.
 NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": -3.0}
 
 _FORMAT = 1
