@@ -52,7 +52,7 @@ class LossesOfBatch:
         self._x, self._y, self._sample_weight = data
         self._state = state
         self._isolation = isolation
-        self._by_example = optimizer.perturbation == LocalReparam.name
+        self._by_example = optimizer.choice.kind == LocalReparam.name
         self._by_position = optimizer.credit == POSITION
         self._discount = optimizer.position_discount
         self._whole: WholeBatch | None = None
@@ -74,13 +74,13 @@ class LossesOfBatch:
         (Where that can't be traced, or sizes are not known then, the step
         itself compares them.)
         """
-        if recording.perturbation != LocalReparam.name or not recording.claims:
+        if recording.choice.kind != LocalReparam.name or not recording.claims:
             return
         trials: list[Recording] = []
 
         def traced(x: Any) -> tf.Tensor:
             trial = Recording(
-                recording.variables, recording.perturbation, recording.means
+                recording.variables, recording.choice, recording.means
             )
             trials.append(trial)
             with (
@@ -121,7 +121,7 @@ class LossesOfBatch:
                 "layers that have some (Dense, EinsumDense or Embedding under "
                 'perturbation="local_reparam", or a `LocalReparamDense`), or '
                 'credit="example". Received: a model without, under '
-                f"perturbation={recording.perturbation!r}"
+                f"perturbation={recording.choice.kind!r}"
             )
         try:
             losses, _ = self._judged(y_pred)

@@ -89,20 +89,18 @@ class VOOptimizer(SearchSteps):
             `None`: no bound. Not to be combined with an inner optimizer that
             keeps an EMA.
         perturbation: how weights are perturbed while a population is evaluated,
-            of all layers that do not say so themselves (as those of
-            `keras_vo.layers` do). The model stays what it is. "full": each
-            weight has noise of its own. "low_rank": that of kernels of two
-            axes and more has rank 1 (the last axis against the others), as in
-            `LowRankDense`. "local_reparam": noise on the activations of Dense,
-            EinsumDense (so in MultiHeadAttention too), Embedding and the scale
-            of normalizations, as in `LocalReparamDense`: each example is
-            judged by its own loss. All other weights, and those of layers
-            that can't be perturbed so (called in a loop or by the loss, with
-            a regularizer or a constraint, of weights that others read too, or
-            with a BatchNormalization behind them) or should not (an example
-            has more outputs than the kernel has weights, twice as many where
-            nothing else has noise on weights; or, but for credit by position,
-            these are less than a tenth of all weights), keep their own.
+            of layers that do not say so themselves (as those of
+            `keras_vo.layers` do). "full": each weight has noise of its own.
+            "low_rank": that of kernels of two axes and more has rank 1 (the
+            last axis against the others). "local_reparam": noise on the
+            activations of Dense, EinsumDense (so in MultiHeadAttention too),
+            Embedding and the scale of normalizations: each example is judged
+            by its own loss. All other weights keep noise of their own, as do
+            layers that can't be perturbed so or should not
+            (`keras_vo.perturbations.placement`). "auto": convolutions too.
+        convolutions: how those are perturbed under "local_reparam": "full", or
+            "local_reparam" too, where an example has no more outputs than there
+            are weights (early convolutions have more, and keep "full").
         credit: what noise on activations is judged by: "example", its
             example's loss; or "position": where a layer's outputs have the
             axes of the loss, [batch, time], the loss at its own position.
@@ -159,6 +157,7 @@ class VOOptimizer(SearchSteps):
         fitness_shaping: str | shaping_lib.Shaping = "centered_rank",
         max_kl: float | None = None,
         perturbation: str = "full",
+        convolutions: str = "full",
         credit: str = "example",
         position_discount: float = 0.0,
         examples_population_size: int = 16,
@@ -189,7 +188,8 @@ class VOOptimizer(SearchSteps):
         self.max_kl = (
             None if max_kl is None else checks.checked_number("max_kl", max_kl)
         )
-        self.perturbation = registry.chosen(perturbation)
+        self.choice = registry.chosen(perturbation, convolutions)
+        self.perturbation, self.convolutions = perturbation, convolutions
         self.credit, self.position_discount = checks.checked_credit(
             credit, position_discount
         )
@@ -314,6 +314,7 @@ class VOOptimizer(SearchSteps):
             ),
             "max_kl": self.max_kl,
             "perturbation": self.perturbation,
+            "convolutions": self.convolutions,
             "credit": self.credit,
             "position_discount": self.position_discount,
             "rate_by_name": self._rate_by_name,  # the inner one is an object

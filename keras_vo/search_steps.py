@@ -20,6 +20,7 @@ from keras_vo.evaluation.isolation import Isolation
 from keras_vo.monitor.observer import observed
 from keras_vo.perturbations import together
 from keras_vo.perturbations.base import Space
+from keras_vo.perturbations.choice import Choice
 from keras_vo.perturbations.scope import Recording
 from keras_vo.perturbations.together import Perturbations
 from keras_vo.replicas import strategies
@@ -42,13 +43,13 @@ class SearchSteps(SearchVariables):
 
     Attributes:
         exchange: how gradients of replicas come together.
-        perturbation: the kind of noise of what does not say so itself.
+        choice: how what does not say so itself is perturbed.
         credit: the level that noise on activations has, at most.
         position_discount: of the credit of later positions.
     """
 
     exchange: str
-    perturbation: str
+    choice: Choice
     credit: str
     position_discount: float
 
@@ -102,7 +103,7 @@ class SearchSteps(SearchVariables):
         """
         self._build_outside_of_replicas(variables)
         self._check_same(variables)
-        recording = recording or Recording(variables, self.perturbation)
+        recording = recording or Recording(variables, self.choice)
         search, perturbations = self._search(
             variables, means or variables, recording
         )

@@ -92,9 +92,7 @@ class VOTrainStep(StepFunctions):
         # What the mean network's pass is about to change.
         means = [tf.convert_to_tensor(v) for v in self.trainable_variables]
         state = layer_state.snapshot(self)
-        recording = Recording(
-            self.trainable_variables, optimizer.perturbation, means
-        )
+        recording = Recording(self.trainable_variables, optimizer.choice, means)
         isolation = self._isolation(optimizer)
         losses = LossesOfBatch(
             self, (x, y, sample_weight), state, optimizer, isolation

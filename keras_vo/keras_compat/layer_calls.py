@@ -29,12 +29,15 @@ CLASSES = tuple(
         "LayerNormalization",
         "RMSNormalization",  # not in all versions
         "BatchNormalization",
+        "Conv1D",
+        "Conv2D",
+        "Conv3D",
     )
     if hasattr(keras.layers, name)
 )
 _lock = threading.Lock()
 _entered = 0
-_own: dict[type, Callable[..., Any]] = {}
+_own: dict[type, Callable[..., Any] | None] = {}
 _thread = threading.local()
 
 
@@ -69,10 +72,13 @@ def _replace(change: int) -> None:
         _entered += change
         for cls in CLASSES:
             if first:
-                _own[cls] = cls.call
+                _own[cls] = vars(cls).get("call")
                 cls.call = _asking(cls.call)
             elif _entered == 0:
-                cls.call = _own.pop(cls)
+                if (own := _own.pop(cls)) is None:  # that of a base class
+                    del cls.call
+                else:
+                    cls.call = own
 
 
 def _asking(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_vo.keras_compat.layer_calls import intercepted
 from keras_vo.perturbations import graph_ops, registry, scope
 from keras_vo.perturbations.calls import (
+    ConvCall,
     DenseCall,
     EinsumCall,
     LayerCall,
@@ -25,6 +26,7 @@ from keras_vo.perturbations.calls import (
     floating_inputs,
 )
 from keras_vo.perturbations.contraction import Contraction
+from keras_vo.perturbations.windows import Windows
 
 __all__ = ["entered"]
 
@@ -37,7 +39,7 @@ def entered(entering: scope.Recording | scope.Evaluation) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(scope.entered(entering))
         shares = getattr(entering, "shares_weights", False)
-        if entering.perturbation != "full" or shares:
+        if entering.choice.kind != "full" or shares:
             stack.enter_context(intercepted(_perturbed))
         yield
 
@@ -53,7 +55,7 @@ def _perturbed(
         layer, *args, **kwargs
     ):
         _leave_what_is_before(args[0], current)
-    kind = registry.get(current.perturbation)
+    kind = registry.get(current.choice.kind)
     call, outputs = None, None
     shares = getattr(current, "shares_weights", False)
     if _is_plain(layer) and (
@@ -61,7 +63,8 @@ def _perturbed(
         or (shares and isinstance(layer, keras.layers.Dense))
     ):
         make = next(f for cls, f in _CALLS.items() if isinstance(layer, cls))
-        call = make(layer, own, current.read, args, kwargs)
+        if make is not _convolution or current.choice.convolutions:
+            call = make(layer, own, current.read, args, kwargs)
     if call is not None and isinstance(call, kind.automatic):
         outputs = current.call(kind, call)
     if outputs is None and shares and isinstance(call, DenseCall):
@@ -138,6 +141,50 @@ def _einsum_dense(
     )
 
 
+def _convolution(
+    layer: Any, own: Any, read: Any, args: Any, kwargs: Any
+) -> LayerCall | None:
+    inputs = tf.convert_to_tensor(args[0])
+    sizes = inputs.shape[1:-1]
+    if (
+        type(layer).convolution_op is not keras.layers.Conv2D.convolution_op
+        or layer.data_format != "channels_last"
+        or layer.groups != 1
+        or not sizes.is_fully_defined()
+    ):
+        return None
+    windows = Windows.of(
+        sizes.as_list(),
+        layer.kernel_size,
+        layer.strides,
+        layer.dilation_rate,
+        layer.padding,
+    )
+    own_product = layer.convolution_op
+    if layer.padding == "causal":
+
+        def own_product(x: Any, kernel: Any) -> Any:
+            return keras.ops.conv(
+                tf.pad(x, [(0, 0), *windows.padding, (0, 0)]),
+                kernel,
+                strides=list(layer.strides),
+                padding="valid",
+                dilation_rate=layer.dilation_rate,
+                data_format=layer.data_format,
+            )
+
+    return ConvCall(
+        layer.name,
+        layer.kernel,
+        layer.bias,
+        floating_inputs(layer, inputs),
+        automatic=True,
+        read=read,
+        windows=windows,
+        product=own_product,
+    )
+
+
 def _embedding(
     layer: Any, own: Any, read: Any, args: Any, kwargs: Any
 ) -> LayerCall | None:
@@ -188,5 +235,8 @@ _CALLS: dict[type, Callable[..., LayerCall | None]] = {
     keras.layers.Dense: _dense,
     keras.layers.EinsumDense: _einsum_dense,
     keras.layers.Embedding: _embedding,
+    keras.layers.Conv1D: _convolution,
+    keras.layers.Conv2D: _convolution,
+    keras.layers.Conv3D: _convolution,
     keras.layers.Layer: _normalization,
 }

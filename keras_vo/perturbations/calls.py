@@ -2,6 +2,7 @@
 
     DenseCall      inputs times a matrix, any kernel of `Dense`
     EinsumCall     a product of higher rank, `EinsumDense`
+    ConvCall       a product with windows of the inputs, convolutions
     LookupCall     rows of a table, `Embedding`
     ScaleCall      a factor for each unit, the normalizations
 
@@ -22,9 +23,11 @@ import tensorflow as tf
 
 from keras_vo.keras_compat.losses import keeps_mask, mask_of
 from keras_vo.perturbations.contraction import Contraction
+from keras_vo.perturbations.windows import Windows
 from keras_vo.search.operands import Diagonal, Matrix, Operand, Rows
 
 __all__ = [
+    "ConvCall",
     "DenseCall",
     "EinsumCall",
     "LayerCall",
@@ -186,6 +189,44 @@ class EinsumCall(LayerCall):
 
     def unmatrix(self, values: tf.Tensor) -> tf.Tensor:
         return self.contraction.unmatrix(values, self.kernel.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvCall(LayerCall):
+    """A convolution of inputs [batch, ..., channels], which are not padded.
+
+    Attributes:
+        windows: where the kernel [..., channels, units] is applied.
+        product: from inputs and a kernel to the outputs without a bias.
+    """
+
+    windows: Windows = Windows((), (), (), (), ())
+    product: Callable[[Any, Any], Any] = keras.ops.conv
+
+    @property
+    def operand(self) -> Operand:
+        return Matrix()
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.kernel.shape[:-1])
+
+    def plain(self) -> tf.Tensor:
+        return self.biased(self.product(self.inputs, self._cast(self.kernel)))
+
+    @property
+    def arranged(self) -> tf.Tensor:
+        return self.windows.of_inputs(self.inputs)
+
+    def matrix(self, values: tf.Tensor) -> tf.Tensor:
+        if values.shape.rank == 0:
+            return values
+        return tf.reshape(values, [-1, values.shape[-1]])
+
+    def unmatrix(self, values: tf.Tensor) -> tf.Tensor:
+        if values.shape.rank == 0:
+            return values
+        return tf.reshape(values, self.kernel.shape)
 
 
 @dataclasses.dataclass(frozen=True)

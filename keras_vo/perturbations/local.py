@@ -23,6 +23,7 @@ from keras_vo.perturbations.base import (
     VariableGradient,
 )
 from keras_vo.perturbations.calls import (
+    ConvCall,
     DenseCall,
     EinsumCall,
     LayerCall,
@@ -55,7 +56,7 @@ class LocalReparam(Perturbation):
 
     name = "local_reparam"
     level = EXAMPLE
-    automatic = (DenseCall, EinsumCall, LookupCall, ScaleCall)
+    automatic = (DenseCall, EinsumCall, ConvCall, LookupCall, ScaleCall)
 
     def __init__(self, claims: Sequence[Claim], space: Space) -> None:
         gaussian = space.gaussian
@@ -155,9 +156,9 @@ class LocalReparam(Perturbation):
 
     def activation_bytes(self, signs: int) -> Any:
         numbers: Any = 0
-        for call, _, _, outputs, *_ in self._claims:
-            size = _size(outputs)
-            numbers += size + signs * (3 * size + _size(call.inputs))
+        for claim, (_, site) in zip(self._claims, self._sites, strict=True):
+            size = _size(claim.outputs)
+            numbers += size + signs * (3 * size + _size(site.inputs))
         return numbers * self._dtype.size
 
     def member(

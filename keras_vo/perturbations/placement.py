@@ -1,7 +1,12 @@
 """Where activations can be perturbed, and where not.
 
 A layer that asks for it itself is an error where it can't be. One for which the
-optimizer asks keeps noise on its weights there.
+optimizer asks keeps noise on its weights there: if it is called in a loop, in a
+`tf.function` or by the loss, has a regularizer or a constraint, if others read
+its weights, its first axis is not that of the examples, or a BatchNormalization
+is behind it. So it does if an example has more outputs than the kernel has
+weights (twice as many where nothing else has noise on weights); and so do all
+that have less than a tenth of all weights, but for credit by position.
 """
 
 from __future__ import annotations

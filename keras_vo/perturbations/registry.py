@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TypeVar
 
 from keras_vo.perturbations.base import Perturbation
+from keras_vo.perturbations.choice import Choice
 from keras_vo.perturbations.full import Full
 from keras_vo.perturbations.local import LocalReparam
 from keras_vo.perturbations.low_rank import LowRank
 
-__all__ = ["chosen", "get", "names", "register"]
+__all__ = ["AUTO", "chosen", "get", "names", "register"]
+
+AUTO = "auto"
 
 Kind = TypeVar("Kind", bound=type[Perturbation])
 
@@ -47,19 +50,33 @@ def get(name: str) -> type[Perturbation]:
     return _KINDS[name]
 
 
-def chosen(name: str) -> str:
-    """The name of a kind that an optimizer can choose for all layers.
+def chosen(perturbation: str, convolutions: str = Full.name) -> Choice:
+    """What an optimizer of these arguments chooses for all layers.
 
     Raises:
-        ValueError: it is none.
+        ValueError: they are none, or contradict each other.
     """
-    known = [n for n, kind in _KINDS.items() if kind.automatic or n == "full"]
-    if name not in known:
+    local = LocalReparam.name
+    own = [n for n, kind in _KINDS.items() if kind.automatic or n == Full.name]
+    if perturbation not in (known := [*own, AUTO]):
         raise ValueError(
             f"`perturbation` must be one of {known}. "
-            f"Received: perturbation={name!r}"
+            f"Received: perturbation={perturbation!r}"
         )
-    return name
+    if convolutions not in (Full.name, local):
+        raise ValueError(
+            f"`convolutions` must be one of {[Full.name, local]}. "
+            f"Received: convolutions={convolutions!r}"
+        )
+    if perturbation == AUTO:
+        return Choice(local, convolutions=True)
+    if convolutions == local != perturbation:
+        raise ValueError(
+            "Noise on the activations of convolutions comes with that of other "
+            f"layers. Expected: perturbation={local!r} or {AUTO!r} with "
+            f"convolutions={local!r}. Received: perturbation={perturbation!r}"
+        )
+    return Choice(perturbation, convolutions == local)
 
 
 def names() -> list[str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from keras_vo.perturbations import graph_ops
+from keras_vo.perturbations.choice import Choice
 
 if TYPE_CHECKING:
     from keras_vo.perturbations.base import Perturbation
@@ -66,13 +67,13 @@ class Recording:
     Args:
         variables: the variables that are searched over. A layer whose kernel
             is not among them is plain.
-        perturbation: the kind that the optimizer chooses for all layers.
+        choice: the optimizer's, for all layers.
         means: the values of the variables; `None`: what they are now.
 
     Attributes:
         variables: those.
         means: those.
-        perturbation: that.
+        choice: that.
         claims: what is perturbed, by kind.
         graph: in which the model is called; `None`: eagerly.
         in_call: whether the model is being called; else the loss is computed.
@@ -87,12 +88,12 @@ class Recording:
     def __init__(
         self,
         variables: Sequence[Any],
-        perturbation: str = "full",
+        choice: Choice | None = None,
         means: Sequence[tf.Tensor] | None = None,
     ) -> None:
         self.variables = list(variables)
         self.means = means
-        self.perturbation = perturbation
+        self.choice = choice or Choice()
         self.claims: dict[str, list[Any]] = {}
         self.graph = current_graph()
         self.in_call = True
@@ -184,7 +185,7 @@ class Evaluation:
     Attributes:
         sources: those.
         shares_weights: that.
-        perturbation: the kind that the optimizer chooses for all layers.
+        choice: the optimizer's, for all layers.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Evaluation:
     ) -> None:
         self.shares_weights = shares_weights
         self._recording = recording
-        self.perturbation = recording.perturbation
+        self.choice = recording.choice
         self._states = {
             p.name: (p, state)
             for p, state in zip(perturbations, states, strict=True)

@@ -191,7 +191,7 @@ class Perturbations:
             name: registry.get(name)(claims[name], space) for name in claims
         }
         rest = _rest(kinds, variables)
-        chosen = registry.get(recording.perturbation)
+        chosen = registry.get(recording.choice.kind)
         if adopted := chosen.adopt([variables[i] for i in rest]):
             all_claims = [*claims.get(chosen.name, ()), *adopted]
             kinds[chosen.name] = chosen(all_claims, space)

@@ -84,6 +84,7 @@ class ActivationNoise:
 
     Attributes:
         has_bias: whether there is a bias that is searched over.
+        inputs: A in the mean network, as the operand takes it.
         variance: v in the mean network.
     """
 
@@ -106,9 +107,9 @@ class ActivationNoise:
         )
         self._operand = operand
         self._dtype = dtype
-        self._inputs = _finite(operand.prepared(inputs, dtype))
+        self.inputs = _finite(operand.prepared(inputs, dtype))
         self._units = units
-        self.variance = self.variance_of(self._inputs)
+        self.variance = self.variance_of(self.inputs)
 
     def variance_of(self, inputs: tf.Tensor) -> tf.Tensor:
         """v from A, [..., units], or [..., 1] where it is that of all units."""
@@ -166,7 +167,7 @@ class ActivationNoise:
         if record:
             inputs, variance = (_finite(values) for values in record)
         else:
-            inputs, variance = self._inputs, self.variance
+            inputs, variance = self.inputs, self.variance
             weighted = tf.reduce_sum(weighted, axis=[0, 1])
             excess = tf.reduce_sum(excess, axis=[0, 1])
         mean_score, variance_score = (
@@ -227,7 +228,7 @@ class ActivationNoise:
             shares: of a direction's members in the mean, [chunk].
             signs: how many they are.
         """
-        if inputs.shape.rank == self._inputs.shape.rank:
+        if inputs.shape.rank == self.inputs.shape.rank:
             weight = signs * tf.reduce_sum(shares)
         else:
             ones = [1] * (variance.shape.rank - 1)
@@ -261,7 +262,7 @@ class ActivationNoise:
         Returns:
             For the kernel [chunk, ...], then for the bias [chunk, 1].
         """
-        inputs, variance = record or (self._inputs, self.variance)
+        inputs, variance = record or (self.inputs, self.variance)
         pick = functools.partial(tf.gather, axis=-1, batch_dims=1)
         xi = pick(noise, units)[:, None]  # [chunk, 1, batch, ...]
         if variance.shape[-1] == 1:

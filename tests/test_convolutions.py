@@ -1,0 +1,341 @@
+"""Noise on the activations of convolutions: windows times a matrix."""
+
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import keras_vo
+from keras_vo.perturbations import placement
+from keras_vo.perturbations.local import LocalReparam
+from keras_vo.perturbations.windows import Windows
+
+FROM_LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def images(n=16, sizes=(6, 5), channels=2):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, *sizes, channels)).astype("float32")
+    return x, (x.mean(axis=(1, 2)) if len(sizes) == 2 else x.mean(axis=1))
+
+
+@pytest.mark.parametrize(
+    "rank, padding",
+    [
+        (rank, padding)
+        for rank in (1, 2, 3)
+        for padding in ("valid", "same", "causal")
+        if padding != "causal" or rank == 1
+    ],
+)
+@pytest.mark.parametrize("strides, dilation", [(1, 1), (2, 1), (3, 1), (1, 2)])
+def test_windows_times_the_kernel_are_the_convolution(
+    rank, padding, strides, dilation
+):
+    """In float64, so that only rounding is between them."""
+    sizes, kernel = (9, 8, 7)[:rank], (3, 2, 4)[:rank]
+    x = np.random.default_rng(0).normal(size=(3, *sizes, 2))
+    of_rank = [layers.Conv1D, layers.Conv2D, layers.Conv3D][rank - 1]
+    layer = of_rank(
+        5,
+        kernel,
+        strides=strides,
+        dilation_rate=dilation,
+        padding=padding,
+        dtype="float64",
+    )
+    expected = layer(x)
+    windows = Windows.of(
+        sizes, layer.kernel_size, layer.strides, layer.dilation_rate, padding
+    )
+    rows = windows.of_inputs(tf.constant(x))
+    got = rows @ tf.reshape(layer.kernel, [-1, 5])
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def trained(parts, shape, x, y, **kwargs):
+    """A model after two epochs of two batches, of the same weights at first.
+
+    Args:
+        parts: makes the layers.
+    """
+    settings = {
+        "perturbation": "local_reparam",
+        "convolutions": "local_reparam",
+    } | kwargs
+    keras.utils.set_random_seed(1)
+    model = keras_vo.VOSequential([keras.Input(shape), *parts()])
+    model.compile(optimizer=models.make_optimizer(**settings), loss="mse")
+    models.fit(model, x, y, batch_size=8)
+    return model
+
+
+def flat(model):
+    return np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+
+def as_dense(rank, kernel):
+    """Parts of a model: windows that do not overlap, then Dense."""
+    if rank == 1:
+        return [layers.Reshape((-1, kernel * 2)), layers.Dense(3)]
+    return [layers.Flatten(), layers.Dense(3)]
+
+
+@pytest.mark.parametrize(
+    "rank, structure, eagerly",
+    [
+        (1, "layerwise", False),
+        (1, "separable", False),
+        (2, "layerwise", True),
+        (2, "separable", False),
+    ],
+)
+def test_windows_that_do_not_overlap_are_dense(rank, structure, eagerly):
+    """Of one position, or of those that a Reshape makes: the same noise."""
+    sizes = (6,) if rank == 1 else (6, 5)
+    x, y = images(sizes=sizes)
+    kernel = 3 if rank == 1 else sizes
+    convolution = [layers.Conv1D, layers.Conv2D][rank - 1]
+
+    def end():
+        return [layers.Flatten(), layers.Dense(2)]
+
+    def run(parts):
+        keras.utils.set_random_seed(1)
+        model = keras_vo.VOSequential(
+            [keras.Input((*sizes, 2)), *parts, *end()]
+        )
+        rng = np.random.default_rng(3)
+        model.set_weights(
+            [
+                0.3 * rng.normal(size=w.size).reshape(w.shape)
+                for w in model.get_weights()
+            ]
+        )
+        model.compile(
+            optimizer=models.make_optimizer(
+                structure,
+                perturbation="local_reparam",
+                convolutions="local_reparam",
+            ),
+            loss="mse",
+            run_eagerly=eagerly,
+        )
+        models.fit(model, x, y)
+        stddevs = [np.ravel(s) for s in model.optimizer.stddevs]
+        return np.concatenate([flat(model), *stddevs])
+
+    got = run([convolution(3, kernel, strides=kernel)])
+    want = run(as_dense(rank, kernel))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Patches(layers.Layer):
+    def call(self, x):
+        return keras.ops.image.extract_patches(x, 3, 1, padding="valid")
+
+
+def behind_noise(*parts):
+    """A model in which the convolution's inputs differ between members."""
+    model = keras_vo.VOSequential(
+        [
+            keras.Input((12,)),
+            layers.Dense(72, activation="relu"),
+            layers.Reshape((6, 6, 2)),
+            *parts,
+            layers.Flatten(),
+            layers.Dense(2),
+        ]
+    )
+    rng = np.random.default_rng(3)
+    model.set_weights(
+        [
+            0.3 * rng.normal(size=w.size).reshape(w.shape)
+            for w in model.get_weights()
+        ]
+    )
+    model.compile(
+        optimizer=models.make_optimizer(
+            perturbation="local_reparam", convolutions="local_reparam"
+        ),
+        loss="mse",
+    )
+    return model
+
+
+def test_windows_that_overlap_are_patches_and_dense():
+    x = np.random.default_rng(0).normal(size=(16, 12)).astype("float32")
+    runs = []
+    for parts in (
+        [layers.Conv2D(2, 3, activation="relu")],
+        [Patches(), layers.Dense(2, activation="relu")],
+    ):
+        model = behind_noise(*parts)
+        models.fit(model, x, x[:, :2])
+        runs.append(flat(model))
+    np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What is logged of layers that keep noise on their weights."""
+    seen = {}
+    monkeypatch.setattr(
+        placement, "announce", lambda layer, why: seen.update({layer: why})
+    )
+    return seen
+
+
+class Standardized(layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - tf.reduce_mean(kernel))
+
+
+LEFT = {
+    "many positions": lambda: layers.Conv2D(16, 2, padding="same"),
+    "depthwise": lambda: layers.DepthwiseConv2D(6),
+    "transposed": lambda: layers.Conv2DTranspose(2, 6),
+    "groups": lambda: layers.Conv2D(4, 6, groups=2),
+    "own product": lambda: Standardized(4, 6),
+    "regularizer": lambda: layers.Conv2D(4, 6, kernel_regularizer="l2"),
+    "constraint": lambda: layers.Conv2D(4, 6, kernel_constraint="max_norm"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_keeps_noise_on_its_weights(name):
+    """The same as without the option."""
+    x, y = images(sizes=(6, 6))
+
+    def run(convolutions):
+        def parts():
+            return [LEFT[name](), layers.Flatten(), layers.Dense(2)]
+
+        return flat(trained(parts, (6, 6, 2), x, y, convolutions=convolutions))
+
+    np.testing.assert_array_equal(run("local_reparam"), run("full"))
+
+
+def test_why_a_convolution_is_left(said):
+    x, y = images(sizes=(6, 6))
+    trained(
+        lambda: [
+            layers.Conv2D(8, 3, name="early"),
+            layers.Conv2D(8, 3, padding="same", name="wide"),
+            layers.Conv2D(8, 4, name="late"),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(2),
+        ],
+        (6, 6, 2),
+        x,
+        y,
+    )
+    before = [said[name] for name in ("early", "wide", "late")]
+    assert all("BatchNormalization" in why for why in before)
+    said.clear()
+    trained(
+        lambda: [
+            layers.Conv2D(12, 3, padding="same", name="early"),
+            layers.Conv2D(8, 4, name="late"),
+            layers.Flatten(),
+            layers.Dense(2),
+        ],
+        (6, 6, 1),
+        x[..., :1],
+        y,
+    )
+    assert "late" not in said
+    assert (
+        "an example has more of its outputs than it has weights"
+        in (said["early"])
+    )
+
+
+def test_chunks_and_both_arguments():
+    """Any chunk size; "auto" includes convolutions; sigma 0 is the layer."""
+    x, y = images(sizes=(6, 6))
+
+    def run(**kwargs):
+        def parts():
+            return [
+                layers.Conv2D(4, 5, activation="relu"),
+                layers.Flatten(),
+                layers.Dense(2),
+            ]
+
+        return flat(trained(parts, (6, 6, 2), x, y, **kwargs))
+
+    whole = run()
+    np.testing.assert_allclose(run(chunk_size=2), whole, rtol=1e-4, atol=1e-6)
+    auto = run(perturbation="auto", convolutions="full")
+    np.testing.assert_array_equal(auto, whole)
+    without = run(convolutions="full")
+    assert np.abs(without - whole).max() > 0.01
+
+
+def test_the_mean_network_computes_what_the_layer_does():
+    """And the class has no `call` of its own afterwards."""
+    x, y = images(sizes=(6, 6))
+    model = trained(
+        lambda: [layers.Conv2D(2, 6)], (6, 6, 2), x, y[:, None, None]
+    )
+    assert "call" not in vars(layers.Conv2D)
+    expected = float(np.mean((model(x) - y[:, None, None]) ** 2))
+    logs = model.train_on_batch(x, y[:, None, None], return_dict=True)
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="`convolutions` must be one of"):
+        keras_vo.VOOptimizer(
+            perturbation="local_reparam", convolutions="low_rank"
+        )
+    for perturbation in ("full", "low_rank"):
+        with pytest.raises(ValueError, match="Expected: perturbation="):
+            keras_vo.VOOptimizer(
+                perturbation=perturbation, convolutions="local_reparam"
+            )
+    optimizer = keras_vo.VOOptimizer(
+        perturbation="local_reparam", convolutions="local_reparam"
+    )
+    config = optimizer.get_config()
+    assert config["convolutions"] == "local_reparam"
+    again = keras_vo.VOOptimizer.from_config(config)
+    assert again.get_config() == config
+    del config["convolutions"]  # of a file from before
+    again = keras_vo.VOOptimizer.from_config(config)
+    assert again.convolutions == "full"
+
+
+def test_auto_in_minimize_is_noise_on_weights():
+    values = []
+    for perturbation in ("auto", "full"):
+        w = tf.Variable(np.ones((3, 3), "float32"))
+        optimizer = models.make_optimizer(perturbation=perturbation)
+        for _ in range(3):
+            optimizer.minimize(lambda v: tf.reduce_sum(v[0] ** 2), [w])
+        values.append(w.numpy())
+    np.testing.assert_array_equal(*values)
+
+
+def test_windows_count_in_the_memory_budget(monkeypatch):
+    """Behind noise each member has windows of its own, 9 times its inputs."""
+    seen = []
+    own = LocalReparam.activation_bytes
+
+    def noted(self, signs):
+        seen.append(own(self, signs))
+        return seen[-1]
+
+    monkeypatch.setattr(LocalReparam, "activation_bytes", noted)
+    x = np.ones((8, 12), "float32")
+    behind_noise(layers.Conv2D(2, 3)).train_on_batch(x, x[:, :2])
+    outputs = [72, 4 * 4 * 2, 2]
+    inputs = [12, 4 * 4 * 9 * 2, 4 * 4 * 2]
+    pairs = zip(outputs, inputs, strict=True)
+    numbers = sum(out + 2 * (3 * out + into) for out, into in pairs)
+    assert seen == [4 * 8 * numbers]
