@@ -26,6 +26,7 @@ import keras_vo
 FLAGS = flags.FLAGS
 flags.DEFINE_list("parts", ["cosines", "training"], "Of both.")
 flags.DEFINE_list("networks", [], "Of the functions below; empty: all.")
+flags.DEFINE_list("arms", [], "Of ARMS; empty: all.")
 flags.DEFINE_string("data_path", None, "mnist.npz of Keras; None: digits.")
 flags.DEFINE_integer("draws", 10, "Gradients that a cosine is a mean of.")
 flags.DEFINE_integer("trained_steps", 150, "Of backpropagation.")
@@ -38,6 +39,7 @@ ARMS = {
         "perturbation": "local_reparam",
         "convolutions": "local_reparam",
     },
+    "auto": {"perturbation": "auto"},
 }
 
 
@@ -118,7 +120,7 @@ def cosines(x, y):
     size, batch = x.shape[1], slice(0, 128)
     for name in FLAGS.networks or NETWORKS:
         for steps in (0, FLAGS.trained_steps):
-            for arm in ARMS:
+            for arm in FLAGS.arms or ARMS:
                 model = compiled(
                     name,
                     size,
@@ -166,7 +168,7 @@ def training(x, y):
     print("|---|---|---|---|")
     rest, held_out = np.split(np.arange(len(y)), [3 * len(y) // 4])
     for name in FLAGS.networks or NETWORKS:
-        for arm in ARMS:
+        for arm in FLAGS.arms or ARMS:
             runs = []
             for seed in map(int, FLAGS.seeds):
                 model = compiled(name, x.shape[1], arm, seed)

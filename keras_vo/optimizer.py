@@ -76,9 +76,8 @@ class VOOptimizer(SearchSteps):
             mu.
         fitness_shaping: how losses become utilities: "identity",
             "standardize", "centered_rank" [3], "nes" [2], or a callable from
-            finite losses [N] to utilities [N] (higher for a higher loss). It
-            is called with losses of its own when the optimizer is built, to
-            see whether utilities have the scale of the losses.
+            finite losses [N] to utilities [N] (higher for a higher loss), which
+            is called as the optimizer is built: do they scale with the losses?
             The losses of single examples (see `perturbation`) are not
             shaped: less what they are in the other members, they are divided
             by one scale for all examples; by none where utilities have the
@@ -96,8 +95,9 @@ class VOOptimizer(SearchSteps):
             activations of Dense, EinsumDense (so in MultiHeadAttention too),
             Embedding and the scale of normalizations: each example is judged
             by its own loss. All other weights keep noise of their own, as do
-            layers that can't be perturbed so or should not
-            (`keras_vo.perturbations.placement`). "auto": convolutions too.
+            layers that can't be perturbed so, or should not
+            (`keras_vo.perturbations.placement`). "auto": that; and of
+            convolutions, where that of other layers would not pay.
         convolutions: how those are perturbed under "local_reparam": "full", or
             "local_reparam" too, where an example has no more outputs than there
             are weights (early convolutions have more, and keep "full").

@@ -1,5 +1,7 @@
 """Noise on the activations of convolutions: windows times a matrix."""
 
+import functools
+
 import keras
 import models
 import numpy as np
@@ -255,26 +257,49 @@ def test_why_a_convolution_is_left(said):
     )
 
 
-def test_chunks_and_both_arguments():
-    """Any chunk size; "auto" includes convolutions; sigma 0 is the layer."""
+def small(end=layers.Flatten):
+    return [
+        layers.Conv2D(8, 5, activation="relu"),
+        end(),
+        layers.Dense(2),
+    ]
+
+
+def test_chunks():
     x, y = images(sizes=(6, 6))
 
     def run(**kwargs):
-        def parts():
-            return [
-                layers.Conv2D(4, 5, activation="relu"),
-                layers.Flatten(),
-                layers.Dense(2),
-            ]
-
-        return flat(trained(parts, (6, 6, 2), x, y, **kwargs))
+        return flat(trained(small, (6, 6, 2), x, y, **kwargs))
 
     whole = run()
     np.testing.assert_allclose(run(chunk_size=2), whole, rtol=1e-4, atol=1e-6)
+    assert np.abs(run(convolutions="full") - whole).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "end, same, other",
+    [
+        # 66 of 474 weights are the Dense layer's,
+        (layers.Flatten, "full", "local_reparam"),
+        # 18 of 426.
+        (layers.GlobalAveragePooling2D, "local_reparam", "full"),
+    ],
+)
+def test_auto_leaves_convolutions_where_other_layers_pay(
+    end, same, other, said
+):
+    x, y = images(sizes=(6, 6))
+
+    def run(**kwargs):
+        parts = functools.partial(small, end)
+        return flat(trained(parts, (6, 6, 2), x, y, **kwargs))
+
     auto = run(perturbation="auto", convolutions="full")
-    np.testing.assert_array_equal(auto, whole)
-    without = run(convolutions="full")
-    assert np.abs(without - whole).max() > 0.01
+    assert any("better without" in why for why in said.values()) == (
+        same == "full"
+    )
+    np.testing.assert_array_equal(auto, run(convolutions=same))
+    assert np.abs(auto - run(convolutions=other)).max() > 0.01
 
 
 def test_the_mean_network_computes_what_the_layer_does():

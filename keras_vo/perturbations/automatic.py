@@ -63,7 +63,7 @@ def _perturbed(
         or (shares and isinstance(layer, keras.layers.Dense))
     ):
         make = next(f for cls, f in _CALLS.items() if isinstance(layer, cls))
-        if make is not _convolution or current.choice.convolutions:
+        if make is not _convolution or current.choice.convolutions != "full":
             call = make(layer, own, current.read, args, kwargs)
     if call is not None and isinstance(call, kind.automatic):
         outputs = current.call(kind, call)

@@ -14,8 +14,9 @@ class Choice:
     Attributes:
         kind: of perturbation, its name.
         convolutions: whether noise on activations is that of convolutions
-            too.
+            too: "full", no; "local_reparam"; or "auto", where that of other
+            layers alone would not pay.
     """
 
     kind: str = "full"
-    convolutions: bool = False
+    convolutions: str = "full"

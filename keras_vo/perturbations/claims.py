@@ -67,6 +67,17 @@ def kept(claims: Sequence[Claim], recording: Recording) -> list[Claim]:
 
 
 def _worth_it(claims: list[Claim], recording: Recording) -> list[Claim]:
+    """Those that pay; of convolutions, as the optimizer chooses."""
+    if recording.choice.convolutions == "auto":
+        others = _without(claims, placement.why_no_convolution, announced=False)
+        if _paying(others, recording, announced=False):
+            claims = _without(claims, placement.why_no_convolution)
+    return _paying(claims, recording)
+
+
+def _paying(
+    claims: list[Claim], recording: Recording, announced: bool = True
+) -> list[Claim]:
     """Those that pay.
 
     If all weights can have noise on outputs, no member is needed that has
@@ -81,13 +92,13 @@ def _worth_it(claims: list[Claim], recording: Recording) -> list[Claim]:
     alone = _without(claims, tolerant, announced=False)
     if _covers(alone, recording) == 1:
         return alone
-    left = _without(claims, strict)
+    left = _without(claims, strict, announced)
     if recording.positions is not None or not all(
         claim.call.automatic for claim in left
     ):  # what the user wants of single layers
         return left
     share = _covers(left, recording)
-    return _without(left, lambda _: placement.why_few(share))
+    return _without(left, lambda _: placement.why_few(share), announced)
 
 
 def _covers(claims: Sequence[Claim], recording: Recording) -> float:

@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 
 from keras_vo.constraints import constraint_of
 from keras_vo.perturbations import graph_ops
-from keras_vo.perturbations.calls import LayerCall
+from keras_vo.perturbations.calls import ConvCall, LayerCall
 from keras_vo.perturbations.scope import current_graph
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "warn_of_no_positions",
     "why_few",
     "why_left",
+    "why_no_convolution",
     "why_noisier",
     "why_not",
 ]
@@ -125,6 +126,18 @@ def why_few(share: float) -> str | None:
     """Why noise on activations of this part of all weights does not pay."""
     if share < _LEAST_SHARE:
         return f"it would perturb {share:.0%} of all weights only"
+    return None
+
+
+def why_no_convolution(claim: Any) -> str | None:
+    """Why a claim is not kept where those of other layers pay.
+
+    The more outputs are perturbed at once, the less is known of each, so that
+    what layers behind a convolution learn from is worse. Measured:
+    benchmarks/results/local_perturbation.md.
+    """
+    if isinstance(claim.call, ConvCall):
+        return "noise on the activations of other layers is better without"
     return None
 
 

@@ -69,14 +69,14 @@ def chosen(perturbation: str, convolutions: str = Full.name) -> Choice:
             f"Received: convolutions={convolutions!r}"
         )
     if perturbation == AUTO:
-        return Choice(local, convolutions=True)
+        return Choice(local, convolutions=AUTO)
     if convolutions == local != perturbation:
         raise ValueError(
             "Noise on the activations of convolutions comes with that of other "
             f"layers. Expected: perturbation={local!r} or {AUTO!r} with "
             f"convolutions={local!r}. Received: perturbation={perturbation!r}"
         )
-    return Choice(perturbation, convolutions == local)
+    return Choice(perturbation, convolutions)
 
 
 def names() -> list[str]:
