@@ -138,13 +138,22 @@ def check_variables(variables: list[Any]) -> None:
             )
 
 
-def checked_objective(objective: Any, method: str) -> Any:
+def checked_objective(
+    objective: Any, method: str, credit: str = EXAMPLE
+) -> Any:
     """`objective`, which can be called.
 
     Args:
         objective: it.
         method: that has it as its first argument.
+        credit: of the optimizer, which is of no use here if by position.
     """
+    if credit == POSITION:
+        raise ValueError(
+            f"The objective of `{method}` has one loss, and none of positions. "
+            'Expected: credit="example", the default. '
+            f"Received: credit={credit!r}"
+        )
     if not callable(objective):
         raise TypeError(
             "The objective must be a function from a list of weight tensors "

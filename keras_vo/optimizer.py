@@ -243,9 +243,9 @@ class VOOptimizer(SearchSteps):
             TypeError: `variables` is no list of variables, or `objective` no
                 function.
             ValueError: no variables, others than before, one of them twice,
-                or an objective whose value is not a scalar.
+                credit by position, or an objective that is not a scalar.
         """
-        checks.checked_objective(objective, "minimize")
+        checks.checked_objective(objective, "minimize", self.credit)
         variables = checks.checked_variables(
             variables, "minimize(objective, {})"
         )

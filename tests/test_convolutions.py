@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 import keras_vo
+from keras_vo.layers import LocalReparamDense
 from keras_vo.perturbations import placement
 from keras_vo.perturbations.local import LocalReparam
 from keras_vo.perturbations.windows import Windows
@@ -198,8 +199,9 @@ class Standardized(layers.Conv2D):
 
 LEFT = {
     "many positions": lambda: layers.Conv2D(16, 2, padding="same"),
-    "depthwise": lambda: layers.DepthwiseConv2D(6),
-    "transposed": lambda: layers.Conv2DTranspose(2, 6),
+    "channels first": lambda: layers.Conv2D(
+        4, (6, 2), data_format="channels_first"
+    ),
     "groups": lambda: layers.Conv2D(4, 6, groups=2),
     "own product": lambda: Standardized(4, 6),
     "regularizer": lambda: layers.Conv2D(4, 6, kernel_regularizer="l2"),
@@ -314,12 +316,120 @@ def test_the_mean_network_computes_what_the_layer_does():
     assert logs["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_auto_beside_a_layer_that_asks():
+    """17 of 425 weights have noise on outputs in any case."""
+    x, y = images(sizes=(6, 6))
+
+    def run(**kwargs):
+        def parts():
+            return [
+                layers.Conv2D(8, 5),
+                layers.GlobalAveragePooling2D(),
+                LocalReparamDense(2),
+            ]
+
+        return flat(trained(parts, (6, 6, 2), x, y, **kwargs))
+
+    auto = run(perturbation="auto", convolutions="full")
+    np.testing.assert_array_equal(auto, run())
+
+
+def test_causal_is_padded():
+    x, y = images(sizes=(6,))
+    runs = [
+        flat(
+            trained(
+                lambda p=p: [*p(), layers.Flatten()],
+                (6, 2),
+                x,
+                np.tile(y, [1, 9]),
+            )
+        )
+        for p in (
+            lambda: [layers.Conv1D(3, 3, padding="causal")],
+            lambda: [layers.ZeroPadding1D((2, 0)), layers.Conv1D(3, 3)],
+        )
+    ]
+    np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_an_empty_batch(padding):
+    """It changes no weight but by momentum, of which SGD has none."""
+    x, y = images(sizes=(6, 6))
+
+    def run(*sizes):
+        keras.utils.set_random_seed(1)
+        model = keras_vo.VOSequential(
+            [
+                keras.Input((6, 6, 2)),
+                layers.Conv2D(8, 5, padding=padding),
+                layers.GlobalAveragePooling2D(),
+                layers.Dense(2),
+            ]
+        )
+        model.compile(
+            optimizer=models.make_optimizer(
+                perturbation="local_reparam",
+                convolutions="local_reparam",
+                inner_optimizer=keras.optimizers.SGD(0.1),
+            ),
+            loss="mse",
+        )
+        batches = tf.data.Dataset.from_generator(
+            lambda: ((x[:n], y[:n]) for n in sizes),
+            output_signature=(
+                tf.TensorSpec([None, 6, 6, 2]),
+                tf.TensorSpec([None, 2]),
+            ),
+        )
+        known = tf.data.experimental.assert_cardinality(len(sizes))
+        batches = batches.apply(known)
+        model.fit(batches, shuffle=False, verbose=0)
+        return flat(model)
+
+    np.testing.assert_array_equal(run(8, 0), run(8))
+
+
+def test_a_bias_that_is_switched_off():
+    x, y = images(sizes=(6, 6))
+    model = trained(small, (6, 6, 2), x, y)
+    model.layers[0].use_bias = False
+    model.layers[0].bias.assign(np.full(8, 5.0))
+    expected = float(np.mean((model(x) - y) ** 2))
+    with pytest.warns(UserWarning, match="does not depend on .*conv2d.*bias"):
+        loss = model.train_on_batch(x, y, return_dict=True)["loss"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
+def test_other_precisions(policy):
+    x, y = images(sizes=(6, 6))
+
+    def parts():
+        return [
+            layers.Conv2D(8, 5, activation="relu", dtype=policy),
+            layers.Flatten(),
+            layers.Dense(2, dtype=policy),
+        ]
+
+    model = trained(parts, (6, 6, 2), x, y)
+    reference = flat(trained(small, (6, 6, 2), x, y))
+    tolerance = 0.05 if policy == "mixed_bfloat16" else 1e-4
+    got = flat(model)
+    if policy == "mixed_bfloat16":  # the same noise, rounded outputs
+        assert np.abs(got - reference).mean() < tolerance
+    assert np.isfinite(got).all()
+    kernel = model.layers[0].kernel
+    assert kernel.dtype == ("float32" if "mixed" in policy else "float64")
+
+
 def test_arguments():
     with pytest.raises(ValueError, match="`convolutions` must be one of"):
         keras_vo.VOOptimizer(
             perturbation="local_reparam", convolutions="low_rank"
         )
-    for perturbation in ("full", "low_rank"):
+    for perturbation in ("full", "low_rank", "auto"):
         with pytest.raises(ValueError, match="Expected: perturbation="):
             keras_vo.VOOptimizer(
                 perturbation=perturbation, convolutions="local_reparam"

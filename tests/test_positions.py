@@ -501,3 +501,12 @@ def test_no_layer_has_the_axes_of_the_loss():
         warnings.simplefilter("ignore")
         losses = models.fit(model, x, np.zeros((8, 3, 2)))["loss"]
     assert losses[-1] < losses[0]
+
+
+def test_minimize_has_no_positions():
+    optimizer = models.make_optimizer(
+        perturbation="local_reparam", credit="position"
+    )
+    with pytest.raises(ValueError, match="of `minimize` has one loss"):
+        optimizer.minimize(lambda w: tf.reduce_sum(w[0]), [tf.Variable([1.0])])
+    assert not optimizer.built

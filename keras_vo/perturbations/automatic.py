@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo.keras_compat.layer_calls import intercepted
-from keras_vo.perturbations import graph_ops, registry, scope
+from keras_vo.perturbations import graph_ops, placement, registry, scope
 from keras_vo.perturbations.calls import (
     ConvCall,
     DenseCall,
@@ -146,12 +146,18 @@ def _convolution(
 ) -> LayerCall | None:
     inputs = tf.convert_to_tensor(args[0])
     sizes = inputs.shape[1:-1]
-    if (
-        type(layer).convolution_op is not keras.layers.Conv2D.convolution_op
-        or layer.data_format != "channels_last"
-        or layer.groups != 1
-        or not sizes.is_fully_defined()
-    ):
+    reasons = {
+        "it has a `convolution_op` of its own": (
+            type(layer).convolution_op is not keras.layers.Conv2D.convolution_op
+        ),
+        "its channels come first": layer.data_format != "channels_last",
+        "it has groups": layer.groups != 1,
+        f"the sizes of its inputs, {sizes}, are not known": (
+            not sizes.is_fully_defined()
+        ),
+    }
+    for reason in [why for why, holds in reasons.items() if holds]:
+        placement.announce(layer.name, reason)
         return None
     windows = Windows.of(
         sizes.as_list(),
@@ -176,7 +182,7 @@ def _convolution(
     return ConvCall(
         layer.name,
         layer.kernel,
-        layer.bias,
+        layer.bias if layer.use_bias else None,
         floating_inputs(layer, inputs),
         automatic=True,
         read=read,

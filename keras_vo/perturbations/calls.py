@@ -212,7 +212,15 @@ class ConvCall(LayerCall):
         return math.prod(self.kernel.shape[:-1])
 
     def plain(self) -> tf.Tensor:
-        return self.biased(self.product(self.inputs, self._cast(self.kernel)))
+        inputs, kernel = self.inputs, self._cast(self.kernel)
+        if inputs.shape[0] is not None:
+            return self.biased(self.product(inputs, kernel))
+        # Of an empty batch, TensorFlow's has the shape of the inputs on CPUs.
+        examples = tf.shape(inputs)[0]
+        one = tf.cast(tf.equal(examples, 0), tf.int32)
+        shape = tf.concat([[one], tf.shape(inputs)[1:]], axis=0)
+        filled = tf.concat([inputs, tf.zeros(shape, inputs.dtype)], axis=0)
+        return self.biased(self.product(filled, kernel)[:examples])
 
     @property
     def arranged(self) -> tf.Tensor:

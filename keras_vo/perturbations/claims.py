@@ -70,7 +70,8 @@ def _worth_it(claims: list[Claim], recording: Recording) -> list[Claim]:
     """Those that pay; of convolutions, as the optimizer chooses."""
     if recording.choice.convolutions == "auto":
         others = _without(claims, placement.why_no_convolution, announced=False)
-        if _paying(others, recording, announced=False):
+        others = _paying(others, recording, announced=False)
+        if placement.why_few(_covers(others, recording)) is None:
             claims = _without(claims, placement.why_no_convolution)
     return _paying(claims, recording)
 

@@ -68,14 +68,14 @@ def chosen(perturbation: str, convolutions: str = Full.name) -> Choice:
             f"`convolutions` must be one of {[Full.name, local]}. "
             f"Received: convolutions={convolutions!r}"
         )
-    if perturbation == AUTO:
-        return Choice(local, convolutions=AUTO)
     if convolutions == local != perturbation:
         raise ValueError(
-            "Noise on the activations of convolutions comes with that of other "
-            f"layers. Expected: perturbation={local!r} or {AUTO!r} with "
+            f"`convolutions` says how they are perturbed under {local!r} "
+            f"({AUTO!r} decides it). Expected: perturbation={local!r} with "
             f"convolutions={local!r}. Received: perturbation={perturbation!r}"
         )
+    if perturbation == AUTO:
+        return Choice(local, convolutions=AUTO)
     return Choice(perturbation, convolutions)
 
 
