@@ -64,17 +64,16 @@ def test_a_number_is_that_of_all():
 
 
 @pytest.mark.parametrize(
-    "discrete, mixed, parts",
+    "discrete, parts",
     [  # sigma / 10 / 0.02 and sigma / 20 / 0.02
-        (False, False, [0.5 * 0.75 * 2, 1.0, 0.5 * 0.75 * 2]),
-        (True, False, [0.5, 1.0, 0.5]),
-        (False, True, [0.25 * 0.75 * 2, 1.0, 0.25 * 0.75 * 2]),
+        (False, [0.5 * 0.75 * 2, 1.0, 0.5 * 0.75 * 2]),
+        (True, [0.5, 1.0, 0.5]),
     ],
 )
-def test_parts_of_a_step(discrete, mixed, parts):
+def test_parts_of_a_step(discrete, parts):
     layout = WeightLayout(((4, 2), (3,), (2,)), ("float32",) * 3, (0, 1, 0))
     scale = scale_of([Site([0, 2], 4, True)])
-    got = scale.parts(layout, tf.constant(discrete), mixed)
+    got = scale.parts(layout, tf.constant(discrete))
     np.testing.assert_allclose(got, parts, rtol=1e-6)
 
 

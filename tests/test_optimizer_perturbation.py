@@ -622,7 +622,7 @@ def test_one_trace_and_the_same_eagerly(perturbation):
 
 
 def test_part_of_a_step_by_default():
-    """In units of sigma where all is judged by examples, half beside others."""
+    """In units of sigma where losses of examples lead."""
     rng = np.random.default_rng(0)
     x, y = (
         rng.normal(size=(8, 6, 6, 1)).astype("float32"),
@@ -653,7 +653,7 @@ def test_part_of_a_step_by_default():
     rate = keras_vo.VOOptimizer("sgd").learning_rate
     for first, parts in {
         (): [0.625] * 2,  # 0.1 * 0.75 / sqrt(36) / 0.02
-        (layers.Conv2D(3, 3),): [1, 1] + [0.05 * 0.75 / 48**0.5 / 0.02] * 2,
+        (layers.Conv2D(3, 3),): [1, 1] + [0.1 * 0.75 / 48**0.5 / 0.02] * 2,
     }.items():
         copies = [type(f).from_config(f.get_config()) for f in first]
         named = moved("sgd", *first)

@@ -19,8 +19,7 @@ later is wide, and sigma follows the mean (`keras_vo.search.follow_mean`), as
 that of weights does; else it goes down its gradient only.
 
 Steps of an inner optimizer that is given by name are sigma_i / 10, or
-sigma_i / 20 where it is wide, and half of that beside weights that have noise
-of their own, whose gradient has far more of it.
+sigma_i / 20 where it is wide.
 docs/decisions/0038-scale-of-local-noise.md has what was measured.
 """
 
@@ -59,7 +58,7 @@ __all__ = [
 
 _MOST = 0.2
 _NARROW, _WIDE = 0.75, 3.0  # in units of 1 / sqrt(fan in)
-_STEP, _WIDE_STEP, _MIXED = 0.1, 0.05, 0.5
+_STEP, _WIDE_STEP = 0.1, 0.05
 _DISCRETE = "discrete"
 _LEAST_TIES = 0.5
 # Before ties are known: nothing has begun; it has; it had without them.
@@ -153,24 +152,20 @@ class ActivationScale:
         return _by_group(to_narrow, layout), _by_group(to_wide, layout)
 
     def parts(
-        self, layout: WeightLayout, discrete: tf.Tensor, mixed: bool
+        self, layout: WeightLayout, discrete: tf.Tensor
     ) -> list[tf.Tensor]:
         """The part of the inner optimizer's step of each variable, scalars.
 
         Args:
             layout: of the variables.
             discrete: whether losses are.
-            mixed: whether other weights have noise of their own.
         """
         rate = self.rate or 1.0
-        own = _MIXED if mixed else 1.0
         return [
             tf.where(
                 discrete,
-                tf.constant(
-                    own * _WIDE_STEP * self.wide[i] / rate, layout.dtype
-                ),
-                tf.constant(own * _STEP * self.narrow[i] / rate, layout.dtype),
+                tf.constant(_WIDE_STEP * self.wide[i] / rate, layout.dtype),
+                tf.constant(_STEP * self.narrow[i] / rate, layout.dtype),
             )
             if i in self.narrow
             else tf.ones([], layout.dtype)
@@ -317,7 +312,7 @@ class ByExample(Stateless):
                 tf.fill([size], part)
                 for size, part in zip(
                     layout.sizes,
-                    scale.parts(layout, is_discrete(state), step.mixed),
+                    scale.parts(layout, is_discrete(state)),
                     strict=True,
                 )
             ],

@@ -323,7 +323,6 @@ class Search:
             direction,
             state.updates,
             self.activations,
-            MEMBER in self.perturbations.levels,
             ties,
         )
         step = activation_scale.steadied(step, state.rules)

@@ -52,7 +52,6 @@ class Step(NamedTuple):
         direction: the gradients that the step goes down.
         updates: number of updates before this one, a scalar.
         activations: the scale of noise on activations; `None`: there is none.
-        mixed: whether other weights have noise of their own beside it.
         ties: see `activation_scale.first_ties`, summed over replicas; `None`:
             there are no losses of examples.
         steady: groups whose sigma does not follow the mean, [groups]; `None`:
@@ -63,7 +62,6 @@ class Step(NamedTuple):
     direction: Direction
     updates: tf.Tensor
     activations: ActivationScale | None = None
-    mixed: bool = False
     ties: tf.Tensor | None = None
     steady: tf.Tensor | None = None
 
