@@ -91,10 +91,8 @@ def as_dense(rank, kernel):
 @pytest.mark.parametrize(
     "rank, structure, eagerly",
     [
-        (1, "layerwise", False),
         (1, "separable", False),
         (2, "layerwise", True),
-        (2, "separable", False),
     ],
 )
 def test_windows_that_do_not_overlap_are_dense(rank, structure, eagerly):
@@ -296,7 +294,6 @@ def test_chunks():
 
     whole = run()
     np.testing.assert_allclose(run(chunk_size=2), whole, rtol=1e-4, atol=1e-6)
-    assert np.abs(run(convolutions="full") - whole).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -423,26 +420,22 @@ def test_a_bias_that_is_switched_off():
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
-def test_other_precisions(policy):
+def test_mixed_precision():
+    """The same noise, and outputs that are rounded."""
     x, y = images(sizes=(6, 6))
 
-    def parts():
-        return [
-            layers.Conv2D(8, 5, activation="relu", dtype=policy),
-            layers.Flatten(),
-            layers.Dense(2, dtype=policy),
-        ]
+    def run(dtype):
+        def parts():
+            return [
+                layers.Conv2D(8, 5, activation="relu", dtype=dtype),
+                layers.Flatten(),
+                layers.Dense(2, dtype=dtype),
+            ]
 
-    model = trained(parts, (6, 6, 2), x, y)
-    reference = flat(trained(small, (6, 6, 2), x, y))
-    tolerance = 0.05 if policy == "mixed_bfloat16" else 1e-4
-    got = flat(model)
-    if policy == "mixed_bfloat16":  # the same noise, rounded outputs
-        assert np.abs(got - reference).mean() < tolerance
-    assert np.isfinite(got).all()
-    kernel = model.layers[0].kernel
-    assert kernel.dtype == ("float32" if "mixed" in policy else "float64")
+        return flat(trained(parts, (6, 6, 2), x, y))
+
+    rounded, exact = run("mixed_bfloat16"), run("float32")
+    assert 0 < np.abs(rounded - exact).mean() < 0.05
 
 
 def test_arguments():
