@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from keras import layers
-from local_perturbation import FROM_LOGITS, Until, images
+from local_perturbation import FROM_LOGITS, images, steps_of
 
 import keras_vo
 
@@ -172,19 +172,11 @@ def training(x, y):
             runs = []
             for seed in map(int, FLAGS.seeds):
                 model = compiled(name, x.shape[1], arm, seed)
-                until = Until(FLAGS.seconds)
-                model.fit(
-                    x[rest],
-                    y[rest],
-                    batch_size=FLAGS.batch_size,
-                    epochs=1_000_000,
-                    verbose=0,
-                    callbacks=[until],
-                )
+                steps = steps_of(model, x[rest], y[rest])
                 loss = model.evaluate(
                     x[held_out], y[held_out], batch_size=1000, verbose=0
                 )
-                runs.append((until.steps, loss))
+                runs.append((steps, loss))
             steps, loss = np.median(runs, axis=0)
             each = ", ".join(f"{run[1]:.3f}" for run in runs)
             print(

@@ -286,6 +286,20 @@ class Until(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
+def steps_of(model, x, y):
+    """Trains for --seconds; how many steps it takes."""
+    until = Until(FLAGS.seconds)
+    model.fit(
+        x,
+        y,
+        batch_size=FLAGS.batch_size,
+        epochs=1_000_000,
+        verbose=0,
+        callbacks=[until],
+    )
+    return until.steps
+
+
 def trained(task, perturbation, seed):
     """Steps, and the loss on training and validation data."""
     x, y, network, loss = TASKS[task]()
@@ -297,18 +311,10 @@ def trained(task, perturbation, seed):
         optimizer=keras_vo.VOOptimizer(perturbation=perturbation, seed=seed),
         loss=loss,
     )
-    until = Until(FLAGS.seconds)
-    model.fit(
-        x[rest],
-        y[rest],
-        batch_size=FLAGS.batch_size,
-        epochs=1_000_000,
-        verbose=0,
-        callbacks=[until],
-    )
+    steps = steps_of(model, x[rest], y[rest])
     evaluate = {"batch_size": len(y), "verbose": 0}
     return (
-        until.steps,
+        steps,
         model.evaluate(x[rest], y[rest], **evaluate),
         model.evaluate(x[held_out], y[held_out], **evaluate),
     )

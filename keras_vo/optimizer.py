@@ -188,7 +188,7 @@ class VOOptimizer(SearchSteps):
         self.max_kl = (
             None if max_kl is None else checks.checked_number("max_kl", max_kl)
         )
-        self.choice = registry.chosen(perturbation, convolutions)
+        registry.chosen(perturbation, convolutions)  # or an error
         self.perturbation, self.convolutions = perturbation, convolutions
         self.credit, self.position_discount = checks.checked_credit(
             credit, position_discount

@@ -18,7 +18,7 @@ from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.monitor.observer import observed
-from keras_vo.perturbations import together
+from keras_vo.perturbations import registry, together
 from keras_vo.perturbations.base import Space
 from keras_vo.perturbations.choice import Choice
 from keras_vo.perturbations.scope import Recording
@@ -43,15 +43,22 @@ class SearchSteps(SearchVariables):
 
     Attributes:
         exchange: how gradients of replicas come together.
-        choice: how what does not say so itself is perturbed.
+        perturbation: the kind of noise of what does not say so itself.
+        convolutions: that of convolutions.
         credit: the level that noise on activations has, at most.
         position_discount: of the credit of later positions.
     """
 
     exchange: str
-    choice: Choice
+    perturbation: str
+    convolutions: str
     credit: str
     position_discount: float
+
+    @property
+    def choice(self) -> Choice:
+        """How what does not say so itself is perturbed."""
+        return registry.chosen(self.perturbation, self.convolutions)
 
     def step(
         self, objective: Objective, variables: Sequence[Any], **kwargs: Any

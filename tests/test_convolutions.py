@@ -15,8 +15,6 @@ from keras_vo.perturbations import placement
 from keras_vo.perturbations.local import LocalReparam
 from keras_vo.perturbations.windows import Windows
 
-FROM_LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
 
 def images(n=16, sizes=(6, 5), channels=2):
     rng = np.random.default_rng(0)
@@ -77,6 +75,17 @@ def trained(parts, shape, x, y, **kwargs):
     return model
 
 
+def set_same_weights(model):
+    """Whatever the shapes of the kernels are, the same numbers."""
+    rng = np.random.default_rng(3)
+    model.set_weights(
+        [
+            0.3 * rng.normal(size=w.size).reshape(w.shape)
+            for w in model.get_weights()
+        ]
+    )
+
+
 def flat(model):
     return np.concatenate([np.ravel(w) for w in model.get_weights()])
 
@@ -110,13 +119,7 @@ def test_windows_that_do_not_overlap_are_dense(rank, structure, eagerly):
         model = keras_vo.VOSequential(
             [keras.Input((*sizes, 2)), *parts, *end()]
         )
-        rng = np.random.default_rng(3)
-        model.set_weights(
-            [
-                0.3 * rng.normal(size=w.size).reshape(w.shape)
-                for w in model.get_weights()
-            ]
-        )
+        set_same_weights(model)
         model.compile(
             optimizer=models.make_optimizer(
                 structure,
@@ -152,13 +155,7 @@ def behind_noise(*parts):
             layers.Dense(2),
         ]
     )
-    rng = np.random.default_rng(3)
-    model.set_weights(
-        [
-            0.3 * rng.normal(size=w.size).reshape(w.shape)
-            for w in model.get_weights()
-        ]
-    )
+    set_same_weights(model)
     model.compile(
         optimizer=models.make_optimizer(
             perturbation="local_reparam", convolutions="local_reparam"
