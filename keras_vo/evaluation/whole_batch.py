@@ -10,7 +10,8 @@ where Y are the mean network's predictions and B is the number of examples. To
 first order in the examples' effects that is what it contributes to the
 member's loss; where L is a mean over examples it is exactly the example's own
 loss, but for a term that all members share. No forward pass is needed, only B
-evaluations of L.
+evaluations of L; where rows meet only in sums, as those of F1 do, one of the
+terms and B of what is done with the sums (`keras_vo.evaluation.row_sums`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tensorflow as tf
 from keras_vo import checks
 from keras_vo.evaluation import notices
 from keras_vo.evaluation.effects import Effects
+from keras_vo.evaluation.row_sums import RowSums
 from keras_vo.keras_compat.losses import keeps_mask, mask_of
 
 __all__ = ["WholeBatch"]
@@ -111,23 +113,63 @@ class WholeBatch:
             member: the member's predictions.
         """
 
-        def replaced(example: tf.Tensor) -> tf.Tensor:
-            rows = tf.equal(tf.range(self.examples), example)
-            predictions = keras.tree.map_structure(
-                functools.partial(_merged, rows), self.mean, member
-            )
-            value = tf.cast(loss(predictions), self.dtype)
-            return tf.cast(self.examples, self.dtype) * value
-
         if self.one_by_one:
             return tf.map_fn(
-                replaced,
+                functools.partial(self._replaced, loss, member),
                 tf.range(self.examples),
                 fn_output_signature=tf.TensorSpec([], self.dtype),
                 parallel_iterations=1,
             )
+        sums = RowSums.of(loss, self.mean)
+        if sums is not None:
+            return self._vectorized(*self._of_sums(sums, member))
         numbers = tf.add_n([tf.size(t) for t in keras.tree.flatten(member)])
         numbers = tf.maximum(numbers, self.examples**2)  # a loss of pairs
+        return self._vectorized(
+            functools.partial(self._replaced, loss, member), numbers
+        )
+
+    def _replaced(
+        self, loss: Callable[[Any], Any], member: Any, example: tf.Tensor
+    ) -> tf.Tensor:
+        """f_b of one example, by the definition."""
+        rows = tf.equal(tf.range(self.examples), example)
+        predictions = keras.tree.map_structure(
+            functools.partial(_merged, rows), self.mean, member
+        )
+        return self._scaled(loss(predictions))
+
+    def _of_sums(
+        self, sums: RowSums, member: Any
+    ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
+        """The same function where rows meet only in sums, and how many
+        numbers it computes.
+        """
+        totals, terms = sums.totals(self.mean), sums.terms(self.mean)
+        of_member = sums.terms(member)
+
+        def replaced(example: tf.Tensor) -> tf.Tensor:
+            return self._scaled(
+                sums.replaced(example, totals, terms, of_member, self.mean)
+            )
+
+        in_a_row = tf.add_n([tf.size(t) for t in tf.nest.flatten(terms)])
+        in_a_row //= tf.maximum(self.examples, 1)
+        return replaced, in_a_row + sums.numbers
+
+    def _scaled(self, value: Any) -> tf.Tensor:
+        value = tf.cast(value, self.dtype)
+        return tf.cast(self.examples, self.dtype) * value
+
+    def _vectorized(
+        self, replaced: Callable[[tf.Tensor], tf.Tensor], numbers: tf.Tensor
+    ) -> tf.Tensor:
+        """`replaced` of all examples, as many at once as memory allows.
+
+        Args:
+            replaced: from the index of an example to its f_b.
+            numbers: that it computes at least.
+        """
         at_once = tf.clip_by_value(
             _NUMBERS_AT_ONCE // tf.maximum(numbers, 1),
             1,
