@@ -18,6 +18,7 @@ Curves are kept in --folder; those that are there are not run again.
 
 import ast
 import json
+import math
 import os
 import pathlib
 import sysconfig
@@ -49,6 +50,7 @@ flags.DEFINE_integer("blocks", 2, "Of the transformer.")
 flags.DEFINE_integer("batch_size", 16, "Windows a step.")
 flags.DEFINE_float("discount", 0.0, "position_discount.")
 flags.DEFINE_float("learning_rate", None, "If not the arm's own.")
+flags.DEFINE_bool("decay", False, "The rate falls to 1% along a cosine.")
 flags.DEFINE_float("stddev", None, "If not the arm's own.")
 flags.DEFINE_string("folder", "out/char_model", "Curves; those there are kept.")
 flags.DEFINE_string("plot_path", "benchmarks/char_model.png", "Empty: none.")
@@ -172,11 +174,20 @@ class Curve(keras.callbacks.Callback):
         self.data = data
         self.start, self.steps, self.rows = None, 0, []
 
+    def on_train_begin(self, logs=None):
+        optimizer = self.model.optimizer
+        self.inner = getattr(optimizer, "inner_optimizer", optimizer)
+        self.rate = float(self.inner.learning_rate)
+
     def on_train_batch_end(self, batch, logs=None):
         now = time.perf_counter()
         self.steps += 1
         self.start = self.start or now
         seconds = now - self.start
+        if FLAGS.decay:
+            part = min(seconds / FLAGS.seconds, 1.0)
+            share = 0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2
+            self.inner.learning_rate = self.rate * share
         if seconds < FLAGS.seconds * len(self.rows) / FLAGS.points:
             return
         loss = float(np.mean(self._losses()))

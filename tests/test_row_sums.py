@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import models
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -136,6 +137,13 @@ APART = {
     "rows moved": lambda p: tf.reduce_mean(
         tf.scatter_nd(tf.range(B)[::-1, None], p, [B, K]) * ONE_HOT
     ),
+    "classes from the shape": lambda p: scores(
+        "kappa",
+        tf.cast(
+            tf.math.confusion_matrix(LABELS, tf.argmax(p, -1), tf.shape(p)[1]),
+            p.dtype,
+        ),
+    ),
     "size": lambda p: tf.reduce_sum(p) / tf.cast(tf.size(p), p.dtype),
 }
 # What mixes rows but by a sum, or may.
@@ -180,14 +188,28 @@ TOGETHER = {
     "an axis of its own": lambda p: tf.reduce_sum(
         tf.reduce_prod(p, tf.cast(tf.reduce_sum(p) * 0, tf.int32))
     ),
+    "a loop over sums": lambda p: tf.reduce_sum(
+        tf.map_fn(lambda a: a**2, tf.reduce_sum(p, 0))
+    ),
+    "gathered by no axis": lambda p: (
+        tf.reduce_mean(tf.gather(p[:, 0], [0, 0, 3, 1, 1], batch_dims=-1)) ** 2
+    ),
+    "logical or of rows": lambda p: tf.reduce_mean(
+        tf.cast(tf.scatter_nd(LABELS[:, None], p[:, 0] > 0.8, [K]), tf.float64)
+    ),
     "a loop": lambda p: tf.foldl(lambda a, row: a * 0.5 + row[0], p, p[0, 0]),
 }
 ALL = {**APART, **TOGETHER}
 
 
-def in_a_graph(function):
-    """Called in a graph, as steps of training are."""
-    return tf.function(function, autograph=False)()
+def of_all(loss, mean, member):
+    """f_b by the code of the package, in a graph, as steps of training are."""
+
+    @functools.partial(tf.function, autograph=False)
+    def found():
+        return WholeBatch.of(loss, mean, mean).by_example(loss, member)
+
+    return found().numpy()
 
 
 def replaced(loss, mean, member):
@@ -202,12 +224,10 @@ def replaced(loss, mean, member):
 def check_definition(name):
     """rtol is that of float64, or of a loss's own float32."""
     loss, mean, member = ALL[name], predictions(0), predictions(1)
-    got = in_a_graph(
-        lambda: WholeBatch.of(loss, mean, mean).by_example(loss, member)
-    )
+    got = of_all(loss, mean, member)
     want = replaced(loss, mean, member)
-    rtol = 1e-10 if got.dtype == tf.float64 else 1e-5
-    np.testing.assert_allclose(got.numpy(), want, rtol=rtol)
+    rtol = 1e-10 if got.dtype == np.float64 else 1e-5
+    np.testing.assert_allclose(got, want, rtol=rtol)
     assert np.ptp(want) > 0
 
 
@@ -253,15 +273,92 @@ def test_what_is_taken_apart(name, known, monkeypatch):
     assert (found[0] is not None) == apart
 
 
-@pytest.mark.parametrize("loss", ["random", "one row", "fixed rows", "no rank"])
+@pytest.mark.parametrize("batch", [1, None])
+def test_one_example_is_broadcast(batch):
+    """As only one can be: the last batch of an epoch, say."""
+    fixed = tf.constant(np.arange(5.0)[:, None] * np.ones(K))
+
+    def loss(p):
+        return tf.reduce_mean((tf.broadcast_to(p, [5, K]) - fixed) ** 2) ** 0.5
+
+    @tf.function(input_signature=[tf.TensorSpec([batch, K], tf.float64)] * 2)
+    def found(mean, member):
+        return WholeBatch.of(loss, mean, mean).by_example(loss, member)
+
+    member = predictions(1, (1, K))
+    got = found(predictions(0, (1, K)), member)
+    np.testing.assert_allclose(got, [loss(member)], rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e30])
+def test_one_row_of_the_mean_is_not_finite_or_huge(value):
+    """It is not there where it is replaced."""
+    mean = predictions(0).numpy().astype("float32")
+    mean[3] = value
+    member = tf.cast(predictions(1), tf.float32)
+    got = of_all(
+        lambda p: tf.sqrt(tf.reduce_mean(tf.square(p))),
+        tf.constant(mean),
+        member,
+    )
+    mean[3] = member[3]
+    want = B * np.sqrt(np.mean(np.square(mean)))
+    assert got[3] == pytest.approx(want, rel=1e-5)
+
+
+def test_sums_of_what_is_not_negative_are_not():
+    """A hinge that one row alone violates: 0 without it, and not NaN."""
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(1, 2, [200, 3]).astype("float32")
+    mean[7] -= rng.uniform(1, 3, 3)
+    member = tf.ones([200, 3])
+
+    def loss(p):
+        return tf.sqrt(tf.reduce_mean(tf.nn.relu(1 - p) ** 2))
+
+    got = of_all(loss, tf.constant(mean), member)
+    assert got[7] == 0
+    np.testing.assert_allclose(np.delete(got, 7), got[0], rtol=1e-6)
+
+
+def test_half_precision():
+    """Counts of 300 examples are exact; in bfloat16 they would stop at 256."""
+    mean = tf.ones([300, 1], tf.bfloat16)
+    sums = []
+
+    def loss(p):
+        sums.append(tf.reduce_sum(p))
+        return tf.cast(sums[-1], tf.float32)
+
+    got = of_all(loss, mean, tf.zeros_like(mean))
+    want = 300 * float(tf.cast(299.0, tf.bfloat16))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["random", "assigned", "one row", "fixed rows", "no rank", "large"],
+)
 def test_what_is_never_taken_apart(loss):
-    """Random ops, scalars, and numbers of rows that only one batch has."""
+    """Random ops, effects, scalars, numbers of rows that only one batch has,
+    and sums that are too large to be kept for each example.
+    """
+    variable = tf.Variable(0.0)
+
+    def assigned(p):
+        variable.assign(2.0)
+        return variable * tf.reduce_mean(p) ** 2
+
     losses = {
         "random": lambda p: tf.reduce_mean(p * tf.random.uniform([K], 0, 1)),
+        "assigned": assigned,
         "one row": lambda p: tf.constant(1.0),
         "fixed rows": lambda p: tf.reduce_mean(p * tf.ones([5, 1])) ** 2,
         "no rank": lambda p: tf.reduce_mean(
             tf.compat.v1.placeholder_with_default(p, None)
+        ),
+        "large": lambda p: tf.norm(
+            tf.scatter_nd(tf.argmax(p, -1)[:, None], p, [2**13, K])
         ),
     }
     found = []
@@ -284,8 +381,7 @@ class OfWeights(keras_vo.VOSequential):
         return (1 - 2 * hits / total) * (1 + size)
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}])
-def test_training_is_the_same(options, monkeypatch):
+def test_training_is_the_same(monkeypatch):
     """As by evaluating the loss as it is, up to the rounding of float32."""
 
     def trained():
@@ -300,8 +396,7 @@ def test_training_is_the_same(options, monkeypatch):
         model.compile(
             keras_vo.VOOptimizer(
                 population_size=8, seed=3, perturbation="local_reparam"
-            ),
-            **options,
+            )
         )
         rng = np.random.default_rng(1)
         x = rng.normal(size=(21, 3)).astype("float32")
@@ -321,3 +416,42 @@ def test_training_is_the_same(options, monkeypatch):
     monkeypatch.setattr(RowSums, "of", lambda *_: None)
     for got, want in zip(apart, trained(), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
+def dice(y_true, y_pred):
+    scored = tf.sigmoid(y_pred)
+    hits = tf.reduce_sum(scored * y_true)
+    return 1 - 2 * hits / (tf.reduce_sum(scored) + tf.reduce_sum(y_true))
+
+
+def pairs(y_true, y_pred):
+    wrong = (y_pred - tf.transpose(y_pred)) * (y_true - tf.transpose(y_true))
+    return tf.reduce_sum(tf.nn.relu(-wrong))
+
+
+@pytest.mark.parametrize(
+    ("loss", "replicas", "xla"),
+    [(dice, 1, True), (pairs, 1, False), (dice, 2, False), (pairs, 2, False)],
+)
+def test_no_examples(loss, replicas, xla):
+    """An empty batch changes nothing, and a replica without examples (that of
+    the last batch, often) leaves the step to the others.
+    """
+    strategy = models.mirrored(2) if replicas == 2 else None
+    with models.scope(strategy):
+        model = keras_vo.VOSequential(
+            [keras.Input((3,)), keras.layers.Dense(1)]
+        )
+        optimizer = keras_vo.VOOptimizer(perturbation="local_reparam", seed=0)
+        model.compile(optimizer, loss=loss, jit_compile=xla)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 3)).astype("float32")
+    y = (x[:, :1] > 0).astype("float32")
+    before = model.get_weights()
+    if strategy:
+        model.fit(x, y, batch_size=4, verbose=0)
+    else:
+        model.train_on_batch(x[:0], y[:0])
+    for got, want in zip(model.get_weights(), before, strict=True):
+        assert np.array_equal(got, want) == (strategy is None)
+        assert np.isfinite(got).all()

@@ -65,12 +65,11 @@ def is_by_row(op: Any, rows: Sequence[bool]) -> bool:
         rows: of each input, whether it is one of those, [B, ...]. The others
             do not depend on them, and may have an axis of examples or not.
     """
-    if not _ranks_known(op):
-        return False
-    if op.type in _ELEMENTWISE:
-        return _is_broadcast_by_row(op, rows)
     rule = _RULES.get(op.type)
-    return rule is not None and bool(rule(op, rows))
+    if rule is None or not _ranks_known(op) or not rule(op, rows):
+        return False
+    known = {t.shape[0] for t, row in zip(op.inputs, rows, strict=True) if row}
+    return all(tensor.shape[0] in {None, *known} for tensor in op.outputs)
 
 
 def rows_summed(op: Any, rows: Sequence[bool]) -> dict[int, int] | None:
@@ -86,7 +85,11 @@ def rows_summed(op: Any, rows: Sequence[bool]) -> dict[int, int] | None:
         such sum.
     """
     rule = _SUMS.get(op.type)
-    return rule(op, rows) if rule is not None and _ranks_known(op) else None
+    dtype = op.outputs[0].dtype if op.outputs else tf.bool
+    numeric = dtype.is_floating or dtype.is_integer or dtype.is_complex
+    if rule is None or not numeric or not _ranks_known(op):
+        return None
+    return rule(op, rows)
 
 
 def _ranks_known(op: Any) -> bool:
@@ -95,15 +98,10 @@ def _ranks_known(op: Any) -> bool:
 
 
 def _is_broadcast_by_row(op: Any, rows: Sequence[bool]) -> bool:
+    """Elementwise: rows stay on the first axis."""
     rank = op.outputs[0].shape.rank
     by_row = [t for t, row in zip(op.inputs, rows, strict=True) if row]
-    if not rank or any(tensor.shape.rank != rank for tensor in by_row):
-        return False
-    examples = by_row[0].shape[0]
-    return all(
-        tensor.shape.rank < rank or tensor.shape[0] in (None, 1, examples)
-        for tensor in op.inputs
-    )
+    return rank > 0 and all(tensor.shape.rank == rank for tensor in by_row)
 
 
 def _axes(op: Any, index: int, rank: int) -> set[int] | None:
@@ -113,15 +111,16 @@ def _axes(op: Any, index: int, rank: int) -> set[int] | None:
 
 
 def _not_along_rows(op: Any, rows: Sequence[bool]) -> bool:
-    """An op along axes that an input or an attribute names."""
+    """An op along axes that an attribute or an input names."""
     if op.type in _AXIS_ATTRIBUTE:
         longest = max(t.shape.rank for t in (*op.inputs, *op.outputs))
         along = op.get_attr(_AXIS_ATTRIBUTE[op.type]) % longest
         return bool(along) and not (op.type == "OneHot" and any(rows[1:]))
     at = _AXIS_INPUT[op.type]
-    data = op.inputs[1 if at == 0 else 0]
-    axes = None if rows[at] else _axes(op, at, data.shape.rank)
-    return axes is not None and 0 not in axes
+    data = 1 if at == 0 else 0
+    axes = _axes(op, at, op.inputs[data].shape.rank)
+    only = all(index == data for index, row in enumerate(rows) if row)
+    return only and axes is not None and 0 not in axes
 
 
 def _reduction(op: Any, rows: Sequence[bool]) -> bool:
@@ -190,7 +189,8 @@ def _gather(op: Any, rows: Sequence[bool]) -> bool:
     params, indices = op.inputs[:2]
     if rows[2]:
         return False
-    if op.get_attr("batch_dims"):
+    batch_dims = op.get_attr("batch_dims")
+    if batch_dims + (indices.shape.rank if batch_dims < 0 else 0):
         return True
     axes = _axes(op, 2, max(params.shape.rank, 1))
     if axes is None:
@@ -285,6 +285,7 @@ def _einsum_rows(op: Any, rows: Sequence[bool]) -> dict[int, int] | None:
 
 
 _RULES = {
+    **dict.fromkeys(_ELEMENTWISE, _is_broadcast_by_row),
     **dict.fromkeys((*_AXIS_INPUT, *_AXIS_ATTRIBUTE), _not_along_rows),
     **dict.fromkeys(_REDUCTIONS, _reduction),
     **dict.fromkeys(_LAST_AXIS, _last_axis),

@@ -8,7 +8,7 @@ mean over examples have the form
 whose terms t depend on one example's predictions each. With row b of Y replaced
 by another one, a sum is
 
-    sum_a t(Y_a) + t(Y'_b) - t(Y_b):
+    sum_{a != b} t(Y_a) + t(Y'_b):
 
 the terms of all Y' are evaluated once, and g once for each example, on a few
 numbers. The graph of L says whether it has this form: its ops are followed from
@@ -21,18 +21,26 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_vo.evaluation.effects import inlined
+from keras_vo.evaluation.effects import Effects, inlined
 from keras_vo.evaluation.row_rules import is_by_row, rows_summed
-from keras_vo.evaluation.subgraph import between, emitted
+from keras_vo.evaluation.subgraph import between, emitted, has_functions
 from keras_vo.keras_compat.losses import keeps_mask, mask_of
 
 __all__ = ["RowSums"]
+
+# Of the shape of an input, whatever its values.
+_OF_SHAPES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
+# Numbers in a sum, or in what is computed from it: the mean network's is kept
+# for each example.
+_LARGEST = 2**14
 
 # The inputs of each sum that have rows.
 Terms = list[list[tf.Tensor]]
@@ -64,12 +72,12 @@ class RowSums:
     Attributes:
         function: L, traced.
         sums: the sums over rows.
-        numbers: in the largest tensor that is computed from them.
+        largest: numbers in the largest tensor that is computed from them.
     """
 
     function: Any
     sums: tuple[_Sum, ...]
-    numbers: int
+    largest: int
 
     @classmethod
     def of(cls, loss: Callable[[Any], Any], like: Any) -> RowSums | None:
@@ -100,73 +108,106 @@ class RowSums:
         with inlined():
             function = tf.function(flat, autograph=False)
             traced = function.get_concrete_function(*specs)
+        effects = Effects.of(traced)
+        if effects.assigned or effects.random or effects.state:
+            return None
         found = _sums_of(traced, len(specs))
         return None if found is None else cls(traced, *found)
 
     def terms(self, predictions: Any) -> Terms:
-        """What each sum adds up: those of its inputs that have rows."""
+        """What each sum adds up: those of its inputs that have rows, and one
+        row of zeros more.
+        """
         inputs = [s.op.inputs[i] for s in self.sums for i in s.rows]
         values = iter(self._emitted(inputs, predictions))
-        return [[next(values) for _ in s.rows] for s in self.sums]
+        return [
+            [_padded(next(values), axis) for axis in s.rows.values()]
+            for s in self.sums
+        ]
 
-    def totals(self, predictions: Any) -> list[tf.Tensor]:
-        """The sums."""
-        outputs = [s.op.outputs[0] for s in self.sums]
-        return self._emitted(outputs, predictions)
+    def rest(self, predictions: Any) -> list[tf.Tensor]:
+        """For each sum and example b, what all others add up to, [B, ...].
+
+        Not the sum less the example's term: a difference may be off by much
+        more than the result, or negative, and is NaN where the term is
+        infinite.
+        """
+        examples = tf.maximum(self._examples(predictions), 1)
+        found = []
+        for s, terms in zip(self.sums, self.terms(predictions), strict=True):
+            term = functools.partial(self._term, s, terms, predictions)
+            by_row = tf.vectorized_map(term, tf.range(examples))
+            before = tf.cumsum(by_row, exclusive=True)
+            found.append(
+                before + tf.cumsum(by_row, exclusive=True, reverse=True)
+            )
+        return found
 
     def replaced(
         self,
         example: tf.Tensor,
-        totals: list[tf.Tensor],
+        rest: list[tf.Tensor],
         terms: Terms,
-        of_member: Terms,
         predictions: Any,
     ) -> tf.Tensor:
         """L with one row replaced.
 
         Args:
             example: its index.
-            totals: of the mean network's predictions.
-            terms: of them.
-            of_member: those of the predictions that the row is taken from.
-            predictions: the mean network's, for their shapes.
+            rest: of the predictions in which it is replaced.
+            terms: of the predictions that it is taken from.
+            predictions: those of `rest`, for their shapes.
         """
-        examples = tf.shape(keras.tree.flatten(predictions)[0])[0]
+        examples = self._examples(predictions)
         feed = {}
-        for s, total, old, new in zip(
-            self.sums, totals, terms, of_member, strict=True
-        ):
-            change = self._term(s, new, example) - self._term(s, old, example)
+        for s, others, own in zip(self.sums, rest, terms, strict=True):
+            total = others[example] + self._term(s, own, predictions, example)
             if s.op.type == "Mean":
-                change /= tf.cast(examples, change.dtype)
-            feed[s.op.outputs[0].name] = total + change
-        output = self.function.outputs
-        return self._emitted(output, predictions, feed)[0]
+                total /= tf.cast(examples, total.dtype)
+            output = s.op.outputs[0]
+            feed[output.name] = tf.cast(total, output.dtype)
+        return self._emitted(self.function.outputs, predictions, feed)[0]
+
+    @staticmethod
+    def _examples(predictions: Any) -> tf.Tensor:
+        return tf.shape(keras.tree.flatten(predictions)[0])[0]
 
     def _term(
-        self, s: _Sum, terms: list[tf.Tensor], example: tf.Tensor
+        self,
+        s: _Sum,
+        terms: list[tf.Tensor],
+        predictions: Any,
+        example: tf.Tensor,
     ) -> tf.Tensor:
-        """That of one example in a sum."""
+        """That of one example in a sum; of 16 bits, in float32."""
         feed = {
             s.op.inputs[index].name: tf.gather(term, [example], axis=axis)
             for (index, axis), term in zip(s.rows.items(), terms, strict=True)
         }
-        return self._emitted([s.op.outputs[0]], None, feed)[0]
+        (term,) = self._emitted([s.op.outputs[0]], predictions, feed)
+        half = term.dtype.is_floating and term.dtype.size == 2
+        return tf.cast(term, tf.float32) if half else term
 
     def _emitted(
         self,
         fetches: Sequence[tf.Tensor],
         predictions: Any,
-        feed: dict[str, tf.Tensor] | None = None,
+        feed: Mapping[str, tf.Tensor] = types.MappingProxyType({}),
     ) -> list[tf.Tensor]:
         """Tensors of L's graph, computed in the current one."""
         given = keras.tree.flatten(predictions)
         given += self.function.captured_inputs
         inputs = self.function.inputs[len(self.function.inputs) - len(given) :]
         names = [tensor.name for tensor in inputs]
-        return emitted(
-            fetches, {**dict(zip(names, given, strict=True)), **(feed or {})}
-        )
+        known = dict(zip(names, given, strict=True))
+        return emitted(fetches, {**known, **feed})
+
+
+def _padded(rows: tf.Tensor, axis: int) -> tf.Tensor:
+    """With one more row, of zeros: there is one to take if it is empty."""
+    shape = tf.shape(rows)
+    one = tf.concat([shape[:axis], [1], shape[axis + 1 :]], 0)
+    return tf.concat([rows, tf.zeros(one, rows.dtype)], axis)
 
 
 def _sums_of(function: Any, count: int) -> tuple[tuple[_Sum, ...], int] | None:
@@ -184,7 +225,7 @@ def _sums_of(function: Any, count: int) -> tuple[tuple[_Sum, ...], int] | None:
         kinds[tensor.name] = _Kind.ROWS
     output = function.outputs[0]
     sums: list[_Sum] = []
-    numbers = 1
+    largest = 1
     for op in between([output], kinds):
         found = _kind(op, [kinds[tensor.name] for tensor in op.inputs])
         if found is None:
@@ -194,27 +235,20 @@ def _sums_of(function: Any, count: int) -> tuple[tuple[_Sum, ...], int] | None:
             found = _Kind.WHOLE
         kinds.update((tensor.name, found) for tensor in op.outputs)
         if found is _Kind.WHOLE:
-            for tensor in op.outputs:
-                size = tensor.shape.num_elements()
-                if size is None:
-                    return None
-                numbers = max(numbers, size)
-    return (tuple(sums), numbers) if kinds[output.name] is _Kind.WHOLE else None
+            sizes = [tensor.shape.num_elements() for tensor in op.outputs]
+            if None in sizes:
+                return None
+            largest = max(largest, *sizes)
+    whole = kinds[output.name] is _Kind.WHOLE and largest <= _LARGEST
+    return (tuple(sums), largest) if whole else None
 
 
 def _kind(op: Any, inputs: list[_Kind]) -> _Kind | _Sum | None:
     """That of an op's outputs, the sum that it is, or `None`: not known."""
-    if op.op_def.is_stateful and op.type != "ReadVariableOp":
+    stateful = op.op_def.is_stateful and op.type != "ReadVariableOp"
+    if stateful or has_functions(op):
         return None
-    of_shape = op.type in (
-        "Shape",
-        "ShapeN",
-        "Size",
-        "Rank",
-        "ZerosLike",
-        "OnesLike",
-    )
-    if of_shape or all(kind is _Kind.FIXED for kind in inputs):
+    if op.type in _OF_SHAPES or all(kind is _Kind.FIXED for kind in inputs):
         return _Kind.FIXED
     if _Kind.ROWS not in inputs:
         return _Kind.WHOLE

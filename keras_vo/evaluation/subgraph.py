@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["between", "emitted"]
+__all__ = ["between", "emitted", "has_functions"]
 
 
 def between(fetches: Sequence[tf.Tensor], given: Container[str]) -> list[Any]:
@@ -28,49 +28,37 @@ def between(fetches: Sequence[tf.Tensor], given: Container[str]) -> list[Any]:
     return [op for op in operations if op.name in found]
 
 
+def has_functions(op: Any) -> bool:
+    """Whether an op calls functions, as loops do."""
+    return any("func" in attribute.type for attribute in op.op_def.attr)
+
+
 def emitted(
     fetches: Sequence[tf.Tensor], given: Mapping[str, tf.Tensor]
 ) -> list[tf.Tensor]:
     """Tensors of a graph, computed in the current graph.
 
-    What only has to run before them (assertions) is left out.
+    What only has to run before them (assertions) is left out. Ops that call
+    functions can't be among them.
 
     Args:
         fetches: the tensors, of one graph.
         given: from names of tensors of it to their values here; with them,
             `fetches` can be computed.
     """
-    operations = between(fetches, given)
-    if not operations:
-        return [given[tensor.name] for tensor in fetches]
-    source = operations[0].graph.as_graph_def()
-    definition = tf.compat.v1.GraphDef(
-        versions=source.versions, library=source.library
-    )
-    used: set[str] = set()
-    for op in operations:
-        node = definition.node.add()
-        node.CopyFrom(op.node_def)
-        node.attr.pop("_class", None)
-        data = [name for name in node.input if not name.startswith("^")]
-        node.ClearField("input")
-        node.input.extend(data)
-        used.update(tensor.name for tensor in op.inputs)
+    values = dict(given)
     graph = tf.compat.v1.get_default_graph()
-    computed = [t for t in fetches if t.name not in given]
-    values = iter(
-        tf.graph_util.import_graph_def(
-            definition,
-            input_map={
-                name: graph.capture(value)
-                for name, value in given.items()
-                if name in used
-            },
-            return_elements=[tensor.name for tensor in computed],
-            name="",
+    for op in between(fetches, given):
+        attributes = dict(op.node_def.attr)
+        attributes.pop("_class", None)
+        made = graph.create_op(
+            op.type,
+            [values[tensor.name] for tensor in op.inputs],
+            [tensor.dtype for tensor in op.outputs],
+            attrs=attributes,
+            op_def=op.op_def,
+            name=op.name.rsplit("/", 1)[-1],
         )
-    )
-    return [
-        given[tensor.name] if tensor.name in given else next(values)
-        for tensor in fetches
-    ]
+        names = [tensor.name for tensor in op.outputs]
+        values.update(zip(names, made.outputs, strict=True))
+    return [values[tensor.name] for tensor in fetches]

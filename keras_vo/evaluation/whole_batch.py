@@ -122,7 +122,10 @@ class WholeBatch:
             )
         sums = RowSums.of(loss, self.mean)
         if sums is not None:
-            return self._vectorized(*self._of_sums(sums, member))
+            values = self._vectorized(*self._of_sums(sums, member))
+            # Only one example can be broadcast to more rows.
+            alone = self._scaled(loss(member))
+            return tf.where(tf.equal(self.examples, 1), alone, values)
         numbers = tf.add_n([tf.size(t) for t in keras.tree.flatten(member)])
         numbers = tf.maximum(numbers, self.examples**2)  # a loss of pairs
         return self._vectorized(
@@ -145,17 +148,14 @@ class WholeBatch:
         """The same function where rows meet only in sums, and how many
         numbers it computes.
         """
-        totals, terms = sums.totals(self.mean), sums.terms(self.mean)
-        of_member = sums.terms(member)
+        rest, terms = sums.rest(self.mean), sums.terms(member)
 
         def replaced(example: tf.Tensor) -> tf.Tensor:
-            return self._scaled(
-                sums.replaced(example, totals, terms, of_member, self.mean)
-            )
+            return self._scaled(sums.replaced(example, rest, terms, self.mean))
 
         in_a_row = tf.add_n([tf.size(t) for t in tf.nest.flatten(terms)])
         in_a_row //= tf.maximum(self.examples, 1)
-        return replaced, in_a_row + sums.numbers
+        return replaced, in_a_row + sums.largest
 
     def _scaled(self, value: Any) -> tf.Tensor:
         value = tf.cast(value, self.dtype)
@@ -175,9 +175,11 @@ class WholeBatch:
             1,
             tf.maximum(self.examples, 1),
         )
-        chunks = -(-self.examples // at_once)
+        # One at least: an empty loop has no vectorized form.
+        chunks = tf.maximum(-(-self.examples // at_once), 1)
         # The last chunk repeats the last example.
-        padded = tf.minimum(tf.range(chunks * at_once), self.examples - 1)
+        last = tf.maximum(self.examples - 1, 0)
+        padded = tf.minimum(tf.range(chunks * at_once), last)
         values = tf.map_fn(
             lambda chunk: tf.vectorized_map(replaced, chunk),
             tf.reshape(padded, [chunks, at_once]),
