@@ -273,6 +273,22 @@ def test_what_is_taken_apart(name, known, monkeypatch):
     assert (found[0] is not None) == apart
 
 
+@pytest.mark.parametrize("name", ["F1 by sums", "NDCG of rows", "shapes"])
+def test_all_is_vectorized(name):
+    """One loop, over chunks; an op without a vectorized form is one more."""
+    loss = APART[name]
+
+    @functools.partial(tf.function, autograph=False)
+    def found(mean, member):
+        return WholeBatch.of(loss, mean, mean).by_example(loss, member)
+
+    graph = found.get_concrete_function(predictions(0), predictions(1)).graph
+    functions = graph.as_graph_def().library.function
+    types = [op.type for op in graph.get_operations()]
+    types += [node.op for function in functions for node in function.node_def]
+    assert sum("While" in type_ for type_ in types) == 1
+
+
 @pytest.mark.parametrize("batch", [1, None])
 def test_one_example_is_broadcast(batch):
     """As only one can be: the last batch of an epoch, say."""

@@ -161,7 +161,9 @@ class RowSums:
         examples = self._examples(predictions)
         feed = {}
         for s, others, own in zip(self.sums, rest, terms, strict=True):
-            total = others[example] + self._term(s, own, predictions, example)
+            total = tf.gather(others, example) + self._term(
+                s, own, predictions, example
+            )
             if s.op.type == "Mean":
                 total /= tf.cast(examples, total.dtype)
             output = s.op.outputs[0]
