@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -132,16 +131,20 @@ class RowSums:
         more than the result, or negative, and is NaN where the term is
         infinite.
         """
+        terms = self.terms(predictions)
+
+        def own(example: tf.Tensor) -> list[tf.Tensor]:
+            return [
+                self._term(s, of_sum, predictions, example)
+                for s, of_sum in zip(self.sums, terms, strict=True)
+            ]
+
         examples = tf.maximum(self._examples(predictions), 1)
-        found = []
-        for s, terms in zip(self.sums, self.terms(predictions), strict=True):
-            term = functools.partial(self._term, s, terms, predictions)
-            by_row = tf.vectorized_map(term, tf.range(examples))
-            before = tf.cumsum(by_row, exclusive=True)
-            found.append(
-                before + tf.cumsum(by_row, exclusive=True, reverse=True)
-            )
-        return found
+        return [
+            tf.cumsum(by_row, exclusive=True)
+            + tf.cumsum(by_row, exclusive=True, reverse=True)
+            for by_row in tf.vectorized_map(own, tf.range(examples))
+        ]
 
     def replaced(
         self,
