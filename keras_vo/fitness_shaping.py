@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ __all__ = [
     "identity",
     "is_loss_scaled",
     "nes",
+    "shaped_known",
     "standardize",
 ]
 
@@ -161,8 +163,58 @@ def get(shaping: str | Shaping, antithetic: bool) -> Shaping:
             f"{sorted(_SHAPINGS)}. Received: fitness_shaping={shaping!r}"
         )
     if shaping == "identity":
-        return functools.partial(identity, antithetic=antithetic)
+        return _LeaveOneOut(antithetic)
     return _SHAPINGS[shaping]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeaveOneOut:
+    """`identity`, of members some of which may be missing."""
+
+    antithetic: bool
+
+    def __call__(self, losses: tf.Tensor) -> tf.Tensor:
+        return identity(losses, self.antithetic)
+
+    def of_known(self, losses: tf.Tensor, known: tf.Tensor) -> tf.Tensor:
+        """See `shaped_known`: u_n = f_n - b_n, where the baseline b_n is the
+        mean over the known members that do not share member n's noise.
+        """
+        count = losses.shape[0]
+        losses = _worst_finite_for_non_finite(losses)
+        weights = tf.cast(known, losses.dtype)
+        total = tf.reduce_sum(weights)
+        center = tf.reduce_sum(weights * losses) / total
+        losses = weights * (losses - center)
+        own, shared = losses, weights
+        if self.antithetic:
+            own = losses + tf.roll(losses, count // 2, axis=0)
+            shared = weights + tf.roll(weights, count // 2, axis=0)
+        others = tf.math.divide_no_nan(-own, total - shared)
+        return weights * (losses - others)
+
+
+def shaped_known(
+    shaping: Shaping, losses: tf.Tensor, known: tf.Tensor
+) -> tf.Tensor:
+    """Utilities of the members whose losses are known; those of others are 0.
+
+    They are what they were if there were no other members. Eagerly only.
+
+    Args:
+        shaping: as `get` returns it.
+        losses: [N].
+        known: which of them are, [N].
+    """
+    if bool(tf.reduce_all(known)):
+        return shaping(losses)
+    where = tf.where(known)
+    if where.shape[0] < 2:  # no one to compare with
+        return tf.zeros_like(losses)
+    if isinstance(shaping, _LeaveOneOut):
+        return shaping.of_known(losses, known)
+    utilities = shaping(tf.gather(losses, where[:, 0]))
+    return tf.scatter_nd(where, utilities, tf.shape(losses, tf.int64))
 
 
 def is_loss_scaled(

@@ -12,33 +12,29 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_vo import checks, constraints
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
-from keras_vo.autograph import converted_as_caller
+from keras_vo.minimize import Minimize
 from keras_vo.perturbations import registry
-from keras_vo.replicas import cost, strategies
+from keras_vo.replicas import cost
 from keras_vo.search.activation_scale import ByExample
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search.state import Settings
-from keras_vo.search_steps import SearchSteps
 from keras_vo.user_steps import PLAIN_MODEL
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
 
-Objective = Callable[[list[tf.Tensor]], Any]
-
 
 @keras.saving.register_keras_serializable(package="keras_vo")
-class VOOptimizer(SearchSteps):
+class VOOptimizer(Minimize):
     """Trains weights by variational optimization, from forward passes only.
 
     Instead of the loss f(w), it minimises the upper bound
@@ -204,69 +200,6 @@ class VOOptimizer(SearchSteps):
             "memory_budget", memory_budget
         )
         self.exchange = cost.checked_exchange(exchange)
-
-    def minimize(
-        self, objective: Objective, variables: Sequence[Any]
-    ) -> tf.Tensor:
-        """Takes one step on any objective; no Keras model is needed.
-
-        Called eagerly, it calls `objective` once a member with concrete
-        values, so that it may be any Python code. Called in a `tf.function`,
-        it is compiled and vectorized over the population, which is fast.
-        AutoGraph converts an `objective` that is a function, as it converts
-        what is around this call. In a function that XLA compiles
-        (`jit_compile=True`), Python's control flow on tensors is an error.
-
-        If the optimizer is made under `strategy.scope()`, each replica
-        evaluates its shard of the population, whether this is called in or
-        outside of the scope, or in each replica by `strategy.run` (after
-        `build`). There each replica may have an objective of its own: it is
-        evaluated once more, at the mean, to compare members by what they
-        change.
-
-        A search is saved with its variables, and goes on bit by bit where it
-        was, by `tf.train.Checkpoint(w=w, optimizer=optimizer)`, restored
-        before or after the first step; or, of a Keras model that is compiled
-        with this optimizer, in the model's `.keras` file.
-
-        Args:
-            objective: from a list of weight tensors, shaped like `variables`,
-                to a scalar loss.
-            variables: Keras or TensorFlow variables, the mean mu. The same
-                list in every call.
-
-        Returns:
-            The mean loss of the population, a scalar: see
-            `Generation.mean_loss`.
-
-        Raises:
-            TypeError: `variables` is no list of variables, or `objective` no
-                function.
-            ValueError: no variables, others than before, one of them twice,
-                credit by position, or an objective that is not a scalar.
-        """
-        checks.checked_objective(objective, "minimize", self.credit)
-        variables = checks.checked_variables(
-            variables, "minimize(objective, {})"
-        )
-        return self._minimize(converted_as_caller(objective), variables)
-
-    @tf.autograph.experimental.do_not_convert
-    def _minimize(
-        self, objective: Objective, variables: list[Any]
-    ) -> tf.Tensor:
-        with strategies.entered(self._strategy):
-            self._build_outside_of_replicas(variables)
-            # Called outside of replicas, the objective is one and the same for
-            # all of them: no shard has a loss of its own.
-            baseline = None
-            if not strategies.in_replica():
-                baseline = tf.zeros([], self._layout.dtype)
-            return strategies.on_each_replica(
-                lambda: (
-                    self.step(objective, variables, baseline=baseline).mean_loss
-                )
-            )
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
         """What does not change from step to step, for these weights."""

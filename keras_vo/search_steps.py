@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_vo import checks
+from keras_vo import checks, interrupts
 from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.evaluation.isolation import Isolation
@@ -28,7 +28,7 @@ from keras_vo.replicas.communicator import current_replicas
 from keras_vo.search.activation_scale import ActivationScale, Site
 from keras_vo.search.chunks import NoiseSource
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
-from keras_vo.search.engine import Search
+from keras_vo.search.engine import Judged, Search
 from keras_vo.search.signal_to_noise import Probe
 from keras_vo.search.state import Report, SearchState, mean_scale
 from keras_vo.search_variables import SearchVariables
@@ -111,7 +111,7 @@ class SearchSteps(SearchVariables):
         self._build_outside_of_replicas(variables)
         self._check_same(variables)
         recording = recording or Recording(variables, self.choice)
-        search, perturbations = self._search(
+        search, perturbations = self.search(
             variables, means or variables, recording
         )
         dtype = self._layout.dtype
@@ -142,6 +142,16 @@ class SearchSteps(SearchVariables):
                 found.losses, credit_weights or {}, examples, baseline, found
             )
 
+        return self.take(search, search.judged(evaluator))
+
+    def take(self, search: Search, populations: Mapping[str, Judged]) -> Report:
+        """Updates mu and sigma by what was found of a generation.
+
+        Args:
+            search: as it is now.
+            populations: by level.
+        """
+        variables = self._trained()
         moved = self._moved(variables)
 
         def move_mean(gradient: list[tf.Tensor]) -> list[Any]:
@@ -149,22 +159,31 @@ class SearchSteps(SearchVariables):
             self.inner_optimizer.apply(gradient, moved)
             return moved
 
-        before = [tf.identity(v) for v in self.inner_optimizer.variables]
-        report = search.step(evaluator, move_mean)
-        self._take(search, report, variables, before)
-        if self.observer is not None:
-            self.observer.observe(observed(search, report, moved))
-        with tf.control_dependencies([report.losses]):
-            self.assign_add(self.generations, 1)
+        with interrupts.deferred():
+            before = [tf.identity(v) for v in self.inner_optimizer.variables]
+            report = search.tell(populations, move_mean)
+            self._take(search, report, variables, before)
+            if self.observer is not None:
+                self.observer.observe(observed(search, report, moved))
+            with tf.control_dependencies([report.losses]):
+                self.assign_add(self.generations, 1)
         return report
 
-    def _search(
+    def search(
         self,
-        variables: list[Any],
+        variables: Sequence[Any],
         means: Sequence[Any],
         recording: Recording,
+        probed: bool = False,
     ) -> tuple[Search, Perturbations]:
-        """The search as it is now, and how it perturbs the variables."""
+        """The search as it is now, and how it perturbs the variables.
+
+        Args:
+            variables: those, or what stands for them.
+            means: mu, their values.
+            recording: of the mean network's pass.
+            probed: whether its gradient is measured, even if no one observes.
+        """
         positions = {id(v): i for i, v in enumerate(variables)}
         sites = together.sites(recording, positions)
         scale = self._scale_of(sites) if sites else None
@@ -178,9 +197,10 @@ class SearchSteps(SearchVariables):
         if scale is not None:
             state = scale.started(state, self._settings.rules)
         probe = None
-        if self.observer is not None:
+        if probed or self.observer is not None:
+            every = 1 if self.observer is None else self.observer.every
             scales = self._layout.per_tensor(mean_scale(self._settings, state))
-            probe = Probe(scales, state.generation, self.observer.every)
+            probe = Probe(scales, state.generation, every)
         space = Space(
             state.gaussian,
             positions,

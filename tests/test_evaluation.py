@@ -93,6 +93,7 @@ def test_a_table_of_several_generations(chunk, keep, graph):
         tf.constant(generation, tf.int64),
         tf.constant(index, tf.int64),
         (1.0, -1.0),
+        6,
     )
     activations = (tf.zeros([2]), tf.zeros([3]))
 

@@ -8,6 +8,7 @@ from keras_vo import fitness_shaping
 from keras_vo.replicas.communicator import Replicas
 from keras_vo.search import credit
 from keras_vo.search.members import Shard
+from keras_vo.search.missing import shaped_where_known
 
 
 @pytest.mark.parametrize("directions", [1, 2, 5, 12])
@@ -33,7 +34,8 @@ class Replica:
         self.messages = messages
 
     def sum(self, tensors):
-        self.messages.append([tensor.numpy() for tensor in tensors])
+        if tf.executing_eagerly():
+            self.messages.append([tensor.numpy() for tensor in tensors])
         everyones = zip(*self.messages[: self.count], strict=True)
         return [tf.constant(np.sum(values, axis=0)) for values in everyones]
 
@@ -83,12 +85,15 @@ def test_taken_rows():
 
 
 def shaped(name, losses, known, signs):
-    """The utilities; they are a mean over as many members as are known."""
-    utilities, count = credit.shaped_where_known(
-        fitness_shaping.get(name, antithetic=signs == 2),
-        tf.constant(np.where(known, losses, np.nan), tf.float32),
-        signs,
-    )
+    """The utilities; they are a mean over as many members as are known.
+
+    In a graph: eagerly there are no stand-ins, see test_fitness_shaping.
+    """
+    utilities, count = tf.function(
+        lambda losses: shaped_where_known(
+            fitness_shaping.get(name, antithetic=signs == 2), losses, signs
+        )
+    )(tf.constant(np.where(known, losses, np.nan), tf.float32))
     assert count == np.sum(known)
     return utilities.numpy()
 
@@ -127,12 +132,14 @@ def test_what_is_missing_has_no_say():
     np.testing.assert_allclose(utilities.sum(), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("value", [0.0, -1e30, np.nan])
-def test_what_a_replica_without_examples_says_of_its_members(value):
+def test_what_a_replica_without_examples_says_of_its_members(value, eager):
     """Nothing, whatever the number is. (Of "identity", see the docstring.)"""
     losses, messages = [[1.0, value], [3.0, 4.0]], []
-    for replica in [0, 1] * 2:
-        pooled = credit.pool(
+
+    def pool(replica):
+        return credit.pool(
             credit.Outcomes(
                 {credit.MEMBER: tf.constant(losses[replica])},
                 examples=tf.constant(replica),
@@ -141,8 +148,14 @@ def test_what_a_replica_without_examples_says_of_its_members(value):
             Shard.make(4, replica, 2),
             Replica(replica, 2, messages),
         )
+
+    for replica in [0, 1] * 2:
+        pooled = pool(replica)
+    if not eager:
+        pooled = tf.function(pool)(1)
     np.testing.assert_array_equal(pooled.losses, [np.nan, np.nan, 3, 4])
     share = 4 * (2 - 1) / (2 * (4 - 1))  # N (M - 1) / (M (N - 1))
+    share = 1 if eager else share
     np.testing.assert_allclose(
         pooled.utilities, [0, 0, -share, share], rtol=1e-6
     )

@@ -9,6 +9,7 @@ between the two passes where it fits the memory budget, else drawn again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_vo import interrupts
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.evaluation.vectorized import compiled
 from keras_vo.search.chunks import (
@@ -103,10 +105,11 @@ def evaluate(
     """
     plan, signs = source.plan, source.members.signs
 
-    def both_signs(noise: Noise) -> Found:
+    def both_signs(noise: Noise, row: int | None = None) -> Found:
         outcomes: list[Found] = []
         for sign in signs:
-            found = isolation.run(member, noise, sign, after=outcomes)
+            with _member_named(source, row, sign):
+                found = isolation.run(member, noise, sign, after=outcomes)
             outcomes.append(Found(*found))
         return tf.nest.map_structure(_stacked, *outcomes)
 
@@ -123,6 +126,18 @@ def evaluate(
         for level, values in losses.items()
     }
     return Evaluation(losses, source, run, (first_noise, first.records))
+
+
+def _member_named(source: NoiseSource, row: int | None, sign: float) -> Any:
+    """The scope of a member that errors name, evaluated eagerly."""
+    if row is None:
+        return contextlib.nullcontext()
+    members = source.members
+    return interrupts.named(
+        f"(keras_vo: member {members.number(row, sign)} of "
+        f"{members.total * len(members.signs)}, "
+        f"generation {int(members.generation[row])})"
+    )
 
 
 def _evaluate_rest(
@@ -176,7 +191,7 @@ def _by_sign(values: tf.Tensor, plan: ChunkPlan, signs: int) -> tf.Tensor:
 
 
 def _chunk_evaluator(
-    direction: Callable[[Noise], Found],
+    direction: Callable[..., Found],
     plan: ChunkPlan,
     specs: Noise,
     isolation: Isolation,
@@ -199,9 +214,13 @@ def _chunk_evaluator(
         return in_graph
 
     def eager(index: tf.Tensor, chunk: Noise) -> Found:
-        count = min(plan.chunk, plan.directions - int(index) * plan.chunk)
+        first = int(index) * plan.chunk
+        count = min(plan.chunk, plan.directions - first)
         rows = [
-            direction(tf.nest.map_structure(operator.itemgetter(row), chunk))
+            direction(
+                tf.nest.map_structure(operator.itemgetter(row), chunk),
+                first + row,
+            )
             for row in range(count)
         ]
         rows += [tf.nest.map_structure(tf.zeros_like, rows[0])] * (

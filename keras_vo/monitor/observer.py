@@ -31,8 +31,10 @@ __all__ = [
     "NUMBERS",
     "ObservedStep",
     "StepObserver",
+    "kl_of",
     "known_means",
     "observed",
+    "signal_to_noise_of",
 ]
 
 # In the order of the variable; sigma of each layer comes after them.
@@ -248,7 +250,7 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
     )
     # A product of two vectors by tensordot takes 20 times as long on a CPU.
     cosine = tf.reduce_sum(gradient * previous) / tf.reduce_prod(norms)
-    snr = _signal_to_noise(step)
+    snr = signal_to_noise_of(step)
     spread = _spread(next(iter(step.pooled.values())))
     # Without a finite loss there is no gradient, and no step.
     norm, cosine, snr, spread = tf.unstack(
@@ -265,24 +267,29 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
         "gradient_norm": norm,
         "gradient_cosine": cosine,
         "gradient_snr": snr,
-        "kl": step_kl(
-            step.means,
-            step.new_means,
-            step.log_variance,
-            step.new_log_variance,
-            step.layout,
-        ),
+        "kl": kl_of(step),
         "utility_spread": spread,
         "nonfinite_share": nonfinite / evaluated,
     }
+
+
+def kl_of(step: ObservedStep) -> tf.Tensor:
+    """KL divergence of the step in nats, a scalar float64."""
+    return step_kl(
+        step.means,
+        step.new_means,
+        step.log_variance,
+        step.new_log_variance,
+        step.layout,
+    )
 
 
 def _count(where: tf.Tensor) -> tf.Tensor:
     return tf.math.count_nonzero(where, dtype=tf.float64)
 
 
-def _signal_to_noise(step: ObservedStep) -> tf.Tensor:
-    """Of the gradient of the mean; each level has directions of its own."""
+def signal_to_noise_of(step: ObservedStep) -> tf.Tensor:
+    """SNR of the gradient of the mean; each level has directions of its own."""
     parts = step.layout.split(step.direction.mean)
     of_level = step.direction.squares or {}
     norms, squares, directions = [], [], []

@@ -51,12 +51,14 @@ def ancestors(tensor: tf.Tensor) -> set[int] | None:
     return {id(op) for op in _ancestors(tensor)}
 
 
-def uses(handle: tf.Tensor) -> int:
+def uses(handle: tf.Tensor | None) -> int:
     """How many ops of the current graph take the variable of a handle; eagerly
-    0.
+    0. `None`: that of no variable.
     """
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly() or not hasattr(graph, "capture"):
+        return 0
+    if handle is None:
         return 0
     return len(graph.capture(handle).consumers())
 

@@ -96,13 +96,7 @@ class PerturbationsOfLevel:
         """
 
         def evaluate(noise: Noise, sign: float) -> tuple[Any, Any]:
-            weights = dict(enumerate(self._gaussian.means))
-            states = []
-            parts = self._split(noise)
-            for kind, part in zip(self._kinds, parts, strict=True):
-                perturbed, state = kind.member(part, sign)
-                states.append(state)
-                weights |= perturbed
+            weights, states = self._perturbed(noise, sign)
             evaluation = Evaluation(
                 self._recording,
                 self._kinds,
@@ -115,6 +109,28 @@ class PerturbationsOfLevel:
             return losses, evaluation.finish()
 
         return evaluate
+
+    def weights(self, noise: Noise, sign: Any) -> list[tf.Tensor]:
+        """The weights of a member, as its variables have them.
+
+        Args:
+            noise: of its direction.
+            sign: a number or a scalar of the dtype of the noise.
+        """
+        return self._as_variables(self._perturbed(noise, sign)[0])
+
+    def _perturbed(
+        self, noise: Noise, sign: Any
+    ) -> tuple[dict[int, tf.Tensor], list[Any]]:
+        """A member's weights by variable, and what each kind needs of it."""
+        weights = dict(enumerate(self._gaussian.means))
+        states = []
+        parts = self._split(noise)
+        for kind, part in zip(self._kinds, parts, strict=True):
+            perturbed, state = kind.member(part, sign)
+            states.append(state)
+            weights |= perturbed
+        return weights, states
 
     def _as_variables(
         self, weights: Mapping[int, tf.Tensor]

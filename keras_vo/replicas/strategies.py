@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo import checks
+from keras_vo.search.members import Shard
 
 __all__ = [
     "DistributedIterator",
@@ -25,6 +26,7 @@ __all__ = [
     "in_replica",
     "is_multi_worker",
     "on_each_replica",
+    "own_directions",
     "replica_local_variable",
 ]
 
@@ -114,6 +116,27 @@ def on_each_replica(function: Callable[[], Any]) -> Any:
     if not tf.distribute.in_cross_replica_context():
         return function()
     return first_local(current_strategy().run(function))
+
+
+def own_directions(directions: int) -> list[int]:
+    """Those that the replicas of this process evaluate, of so many."""
+    strategy = tf.distribute.get_strategy()
+    replica = tf.distribute.get_replica_context
+    indices = strategy.experimental_local_results(
+        strategy.run(
+            lambda: tf.convert_to_tensor(replica().replica_id_in_sync_group)
+        )
+    )
+    shards = [
+        Shard.make(directions, int(index), strategy.num_replicas_in_sync)
+        for index in indices
+    ]
+    return [
+        direction
+        for shard in shards
+        if shard.counts
+        for direction in range(shard.start, shard.start + shard.size)
+    ]
 
 
 def first_local(values: Any, strategy: Any = None) -> Any:

@@ -26,6 +26,7 @@ import tensorflow as tf
 from keras_vo.search.chunks import Noise, NoiseSource, sum_over_chunks
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.members import Shard
+from keras_vo.search.missing import Shaping, shaped_where_known
 
 __all__ = [
     "EXAMPLE",
@@ -44,14 +45,11 @@ __all__ = [
     "narrowed",
     "pool",
     "reduce_noise",
-    "shaped_where_known",
 ]
 
 # Those of populations, in the order in which their members are evaluated.
 LEVELS = MEMBER, EXAMPLE = "member", "example"
 POSITION = "position"
-
-Shaping = Callable[[tf.Tensor], tf.Tensor]
 
 
 class Evaluated(Protocol):
@@ -88,6 +86,7 @@ class Outcomes(NamedTuple):
         baseline: the loss of the mean on this replica's shard of the batch, a
             scalar; `None`: the members' mean loss takes its place.
         evaluated: the evaluation; `None`: the noise is to be drawn again.
+        missing: which of the members [N] have no result; `None`: no one.
     """
 
     losses: Mapping[str, tf.Tensor]
@@ -95,6 +94,7 @@ class Outcomes(NamedTuple):
     examples: tf.Tensor | None = None
     baseline: tf.Tensor | None = None
     evaluated: Evaluated | None = None
+    missing: tf.Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -158,6 +158,14 @@ class Pooled(NamedTuple):
     known: tf.Tensor
     examples: tf.Tensor
 
+    @property
+    def enough(self) -> tf.Tensor:
+        """Whether any loss is finite, and there is another to compare it with.
+
+        A loss that is not finite is one: the member is worse.
+        """
+        return tf.reduce_any(tf.math.is_finite(self.losses)) & (self.known > 1)
+
 
 def pool(
     outcomes: Outcomes,
@@ -182,14 +190,20 @@ def pool(
     dtype = losses.dtype
     finite = tf.math.is_finite(losses)
     losses = tf.where(finite, losses, tf.constant(math.inf, dtype))
+    missing = tf.constant(math.nan, dtype)
+    if outcomes.missing is not None:
+        losses = tf.where(outcomes.missing, missing, losses)
     examples = tf.ones([], dtype)
     if outcomes.examples is not None:
         examples = tf.cast(outcomes.examples, dtype)
     if communicator.count == 1:
+        if outcomes.missing is not None:
+            signs = losses.shape[0] // shard.directions
+            utilities, known = shaped_where_known(shape, losses, signs)
+            return Pooled(losses, utilities, known, examples)
         size = tf.constant(losses.shape[0], dtype)
         return Pooled(losses, shape(losses), size, examples)
     own = tf.one_hot(communicator.index, communicator.count, dtype=dtype)
-    missing = tf.constant(math.nan, dtype)
     losses = tf.where(examples > 0, losses, missing)
     baseline = _baseline(outcomes, losses)
     losses, baselines, seen = communicator.sum(
@@ -280,49 +294,6 @@ def _baseline(outcomes: Outcomes, losses: tf.Tensor) -> tf.Tensor:
         return of_members
     baseline = tf.cast(outcomes.baseline, losses.dtype)
     return tf.where(tf.math.is_finite(baseline), baseline, of_members)
-
-
-def shaped_where_known(
-    shape: Shaping, losses: tf.Tensor, signs: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Utilities of a population of which some members are missing.
-
-    Those take part in the shaping with the losses of other directions, in
-    turn, and have the utility 0; the utilities of the others have the mean 0.
-    (With "identity" and M of N known, what pairs have in common is weighted by
-    N (M - signs) / (M (N - signs)): stand-ins are no other members.)
-
-    Args:
-        shape: from losses [N] to utilities [N].
-        losses: [N], all of the first sign first; NaN where missing, for both
-            or none of a pair.
-        signs: members of a direction, 1 or 2.
-
-    Returns:
-        Utilities [N], and how many members are known.
-    """
-    known = ~tf.math.is_nan(losses)
-    directions = losses.shape[0] // signs
-    first = known[:directions]
-    count = tf.math.count_nonzero(first, dtype=tf.int32)
-    known_first = tf.argsort(tf.cast(~first, tf.int32), stable=True)
-    turn = tf.cumsum(tf.cast(~first, tf.int32)) - 1
-    stand_in = tf.where(
-        first,
-        tf.range(directions),
-        tf.gather(known_first, tf.math.floormod(turn, tf.maximum(count, 1))),
-    )
-    by_sign = tf.reshape(losses, [signs, directions])
-    complete = tf.reshape(tf.gather(by_sign, stand_in, axis=1), [-1])
-    complete = tf.ensure_shape(complete, losses.shape)
-    utilities = shape(complete)
-    weights = tf.cast(known, utilities.dtype)
-    members = tf.reduce_sum(weights)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(weights * utilities), members)
-    utilities = tf.where(
-        tf.reduce_all(known), utilities, weights * (utilities - mean)
-    )
-    return utilities, members
 
 
 def reduce_noise(

@@ -44,7 +44,7 @@ from keras_vo.search.state import (
     mean_scale,
 )
 
-__all__ = ["Population", "Search"]
+__all__ = ["Judged", "Search"]
 
 
 # From a level of credit and the noise of this replica's members to their
@@ -54,7 +54,7 @@ Evaluator = Callable[[str, NoiseSource], Outcomes]
 MoveMean = Callable[[list[tf.Tensor]], Sequence[tf.Tensor]]
 
 
-class Population(NamedTuple):
+class Judged(NamedTuple):
     """The members of one level, and what was found of them.
 
     Attributes:
@@ -105,16 +105,20 @@ class Search:
 
     def step(self, evaluator: Evaluator, move_mean: MoveMean) -> Report:
         """`tell` of what `evaluator` finds of this replica's members."""
+        return self.tell(self.judged(evaluator), move_mean)
+
+    def judged(self, evaluator: Evaluator) -> dict[str, Judged]:
+        """What `evaluator` finds of this replica's members, by level."""
         populations = {}
         for level in self.perturbations.levels:
             members = self.ask(level)
-            own = members.shard(self._shard(members))
+            own = members.shard(self.shard(members))
             source = self._source(level, own, activations=True)
-            populations[level] = Population(members, evaluator(level, source))
-        return self.tell(populations, move_mean)
+            populations[level] = Judged(members, evaluator(level, source))
+        return populations
 
     def tell(
-        self, populations: Mapping[str, Population], move_mean: MoveMean
+        self, populations: Mapping[str, Judged], move_mean: MoveMean
     ) -> Report:
         """What follows from the outcomes.
 
@@ -132,10 +136,10 @@ class Search:
         losses = [p.losses for p in pooled.values()]
         with tf.control_dependencies(losses):
             proposal, rules = self._proposed(direction, ties, move_mean)
-        finite = tf.concat([tf.math.is_finite(x) for x in losses], axis=0)
+        finite = [tf.reduce_any(p.enough) for p in pooled.values()]
         return Report(pooled, direction, tf.reduce_any(finite), proposal, rules)
 
-    def _pooled(self, level: str, population: Population) -> credit.Pooled:
+    def _pooled(self, level: str, population: Judged) -> credit.Pooled:
         shape = self.settings.shape
         if level != MEMBER:  # what is stepped down is judged by `_examples`
             shape = functools.partial(
@@ -143,13 +147,14 @@ class Search:
                 signs=len(population.members.signs),
                 loss_scaled=self.settings.loss_scaled,
             )
-        shard = self._shard(population.members)
+        shard = self.shard(population.members)
         return credit.narrowed(
             credit.pool(population.outcomes, shape, shard, self.communicator),
             self.state.gaussian.layout.dtype,
         )
 
-    def _shard(self, members: Members) -> Shard:
+    def shard(self, members: Members) -> Shard:
+        """Those of all replicas' members that this one evaluates."""
         together = self.communicator
         return Shard.make(members.directions, together.index, together.count)
 
@@ -178,7 +183,7 @@ class Search:
 
     def _direction(
         self,
-        populations: Mapping[str, Population],
+        populations: Mapping[str, Judged],
         pooled: Mapping[str, credit.Pooled],
     ) -> tuple[Direction, tf.Tensor | None]:
         """The gradient of U, from the members of all replicas, and how many
@@ -201,12 +206,12 @@ class Search:
                     sums |= self._sums(level, members, utilities, None)
                     continue
                 utilities = {
-                    name: self._shard(members).take(values)
+                    name: self.shard(members).take(values)
                     for name, values in utilities.items()
                 }
             else:
                 utilities = self._examples(level, population, own)
-            shard = members.shard(self._shard(members))
+            shard = members.shard(self.shard(members))
             evaluated = population.outcomes.evaluated
             own.sums.update(self._sums(level, shard, utilities, evaluated))
         if own.sums:
@@ -222,7 +227,7 @@ class Search:
         return self.perturbations.direction(sums, counts), ties
 
     def _examples(
-        self, level: str, population: Population, own: OfReplica
+        self, level: str, population: Judged, own: OfReplica
     ) -> dict[str, tf.Tensor]:
         """Utilities of this replica's examples, and of their positions.
 
@@ -231,7 +236,7 @@ class Search:
         alone. Each counts the same, by how many members it was seen.
         """
         members, outcomes = population.members, population.outcomes
-        shard, signs = self._shard(members), len(members.signs)
+        shard, signs = self.shard(members), len(members.signs)
         utilities = example_credit.utilities(
             outcomes,
             self.settings.position_discount,

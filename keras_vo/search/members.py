@@ -89,12 +89,14 @@ class Members:
         index: of each direction in its generation, [D] int64.
         signs: (1, -1) with antithetic sampling, else (1,). Member n + D is
             that of direction n with the second sign.
+        total: number of directions of the population they are of.
     """
 
     base_seed: tf.Tensor
     generation: tf.Tensor
     index: tf.Tensor
     signs: tuple[float, ...]
+    total: int
 
     @classmethod
     def of_generation(
@@ -108,7 +110,8 @@ class Members:
         signs = (1.0, -1.0) if antithetic else (1.0,)
         index = tf.range(population_size // len(signs), dtype=tf.int64)
         generation = tf.fill(index.shape, tf.cast(generation, tf.int64))
-        return cls(tf.cast(base_seed, tf.int64), generation, index, signs)
+        seed = tf.cast(base_seed, tf.int64)
+        return cls(seed, generation, index, signs, int(index.shape[0]))
 
     @property
     def directions(self) -> int:
@@ -117,6 +120,15 @@ class Members:
 
     def __len__(self) -> int:
         return self.directions * len(self.signs)
+
+    def number(self, row: int, sign: float) -> int:
+        """Of a member in its population, eagerly.
+
+        Args:
+            row: of its direction.
+            sign: of its noise.
+        """
+        return int(self.index[row]) + self.total * self.signs.index(sign)
 
     def shard(self, shard: Shard) -> Members:
         """Those of one replica."""

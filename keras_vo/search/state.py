@@ -137,8 +137,9 @@ class Report(NamedTuple):
     Attributes:
         pooled: what was found of the members, by level.
         direction: the gradients, as they are stepped down.
-        any_finite: whether any loss is finite. Else the step is none: all
-            that it proposes is to be left.
+        any_finite: whether any loss is finite, and there is another one to
+            compare it with. Else the step is none: all that it proposes is
+            to be left.
         proposal: the next search distribution.
         rules: the next state of the rules.
     """

@@ -1,0 +1,270 @@
+"""Ask and tell: a population to evaluate anywhere, and the step of its losses.
+
+population = optimizer.ask(variables)
+report = optimizer.tell(population, [loss_of(w) for w in population])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_vo import checks, interrupts
+from keras_vo.monitor.observer import (
+    kl_of,
+    observed,
+    signal_to_noise_of,
+)
+from keras_vo.perturbations.scope import Recording
+from keras_vo.population import (
+    Frame,
+    Population,
+    Seeds,
+    Weight,
+    check_seeds,
+    fingerprint,
+)
+from keras_vo.replicas import strategies
+from keras_vo.search.credit import MEMBER, Outcomes
+from keras_vo.search.engine import Judged
+from keras_vo.search_steps import SearchSteps
+from keras_vo.told import Found, Report, checked_results
+
+__all__ = ["AskTell"]
+
+
+class AskTell(SearchSteps):
+    """The steps of a search whose losses Python finds."""
+
+    antithetic: bool
+    _asked: str | None = None  # fingerprint of the last population
+    _last_report: Report | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """Of the last step by `tell` or an executor; `None`: there was none."""
+        return self._last_report
+
+    def ask(
+        self, variables: Sequence[Any], seeds: Seeds | None = None
+    ) -> Population:
+        """The population to evaluate next, each member a list of arrays.
+
+        It is the same until `tell` has taken a step by it, and the same in
+        any process whose search is in the same state (restored from a file,
+        or told the same losses). So a population can be evaluated elsewhere
+        in three ways: send the weights of its members; send the population,
+        pickled, which is as large as one member; or send `population.seeds`,
+        a few numbers, to a process that has the search.
+
+        Noise is on the weights themselves: where `perturbation` or layers
+        want it on activations, which have no members' weights, it is "full".
+
+        Args:
+            variables: Keras or TensorFlow variables, the mean mu. The same
+                list in every call.
+            seeds: of the population that is wanted, from another process;
+                `None`: it is not checked.
+
+        Returns:
+            The population, of `population_size` members.
+
+        Raises:
+            TypeError: `variables` is no list of variables.
+            ValueError: no variables, others than before, or one of them
+                twice; or `seeds` that are of another search or generation.
+            RuntimeError: it is called in a `tf.function`, or in a replica.
+        """
+        self._check_outside("ask")
+        variables = checks.checked_variables(variables, "ask({})")
+        with strategies.entered(self._strategy):
+            self._build_outside_of_replicas(variables)
+            self._check_same(variables)
+            population = self._population()
+        if seeds is not None:
+            check_seeds(Seeds(*seeds), population.seeds)
+        self._asked = population.seeds.fingerprint
+        return population
+
+    def tell(
+        self, population: Population, losses: Any, *, maximize: bool = False
+    ) -> Report:
+        """Moves mu and sigma by the losses of a population.
+
+        The step is that of `minimize`, bit for bit. Where k of N results are
+        there, it is that of a population of these k; one half of an antithetic
+        pair counts, too. Members without a result have no say; a result that
+        is infinite is worth what the worst one is. (`minimize` counts an
+        objective's NaN as one of those. Here it is a missing one.)
+
+        What the variables hold meanwhile does not matter, if it is the mean or
+        one of the members: objectives may assign them.
+
+        Args:
+            population: from `ask`, of this generation of this search; it may
+                have been pickled, and the search restored from a file.
+            losses: N numbers, that of member i at place i; a dict from i to
+                its loss; or pairs (i, loss) in any order. `None`, NaN, and what
+                is not there is missing. On several workers
+                (MultiWorkerMirroredStrategy), which all call it, each tells
+                the losses of `population.own`; the others are not looked at.
+            maximize: whether they are scores, of which higher ones are better.
+
+        Returns:
+            What the step has found.
+
+        Raises:
+            TypeError: no population, or a loss that is no number.
+            ValueError: a population of another search, or of another
+                generation (it was told already); losses that do not fit it, or
+                none at all; variables that were changed since.
+            RuntimeError: it is called in a `tf.function`, or in a replica.
+        """
+        self._check_outside("tell")
+        if not isinstance(population, Population):
+            raise TypeError(
+                "Expected the population that `ask` returned: "
+                "`tell(population, losses)`. Received: "
+                f"{population!r:.80} of type {type(population)}"
+            )
+        self._check_built("tell")
+        results = checked_results(losses, len(population))
+        results = -results if maximize else results
+        with strategies.entered(self._strategy):
+            self._check_population(population)
+            self._check_any(results[list(population.own)])
+            with interrupts.deferred():
+                self._start_at(population)
+                found = strategies.on_each_replica(
+                    lambda: self._tell(population, results)
+                )
+        report = Report.of(population.generation, found, self._sigma())
+        self._last_report = report
+        if report.evaluations == 0:  # of all workers
+            self._check_any(report.losses)
+        return report
+
+    def _population(self) -> Population:
+        """That of this generation."""
+        variables = self._trained()
+        gaussian = self._gaussian(variables)
+        frame = Frame(
+            tuple(Weight.of(v) for v in variables), self._layout, self.choice
+        )
+        means = [mean.numpy() for mean in gaussian.means]
+        log_variance = gaussian.log_variance.numpy()
+        seeds = Seeds(
+            int(keras.ops.convert_to_numpy(self._seed)),
+            int(keras.ops.convert_to_numpy(self.generations)),
+            self.population_size,
+            self.antithetic,
+            fingerprint(frame, means, log_variance),
+        )
+        own: Sequence[int] = range(self.population_size)
+        if strategies.is_multi_worker(self._strategy):
+            signs = 1 + self.antithetic
+            directions = strategies.own_directions(
+                self.population_size // signs
+            )
+            own = [
+                direction + sign * (self.population_size // signs)
+                for sign in range(signs)
+                for direction in directions
+            ]
+        return Population(frame, means, log_variance, seeds, own)
+
+    @tf.autograph.experimental.do_not_convert
+    def _tell(self, population: Population, results: np.ndarray) -> Found:
+        """A step, in one replica."""
+        variables = self._trained()
+        search, _ = self.search(
+            variables,
+            [tf.convert_to_tensor(mean) for mean in population.means],
+            Recording(variables, self.choice),
+            probed=True,
+        )
+        members = search.ask()
+        shard = search.shard(members)
+        by_sign = results.reshape(len(members.signs), -1)
+        own = by_sign[:, shard.start : shard.start + shard.size].reshape(-1)
+        losses = tf.constant(own)
+        if losses.dtype.size < self._layout.dtype.size:
+            losses = tf.cast(losses, self._layout.dtype)
+        missing = np.isnan(own)
+        outcomes = Outcomes(
+            {MEMBER: losses},
+            # All replicas have the same objective: no shard has its own.
+            baseline=tf.zeros([], losses.dtype),
+            missing=tf.constant(missing) if missing.any() else None,
+        )
+        report = self.take(search, {MEMBER: Judged(members, outcomes)})
+        step = observed(search, report, self._moved(variables))
+        return Found(
+            report.losses,
+            report.any_finite,
+            kl_of(step),
+            signal_to_noise_of(step),
+        )
+
+    def _sigma(self) -> float:
+        """Root mean square of sigma over all weights."""
+        layout = self._layout
+        variances = layout.expand(
+            tf.exp(tf.convert_to_tensor(self._log_variance))
+        )
+        mean = tf.reduce_mean(tf.broadcast_to(variances, [layout.size]))
+        return float(tf.sqrt(mean))
+
+    def _start_at(self, population: Population) -> None:
+        """Sets the variables back to the mean, if a member was evaluated by
+        assigning them.
+        """
+        variables = self._trained()
+        values = [keras.ops.convert_to_numpy(v) for v in variables]
+        means = [
+            tf.cast(mean, value.dtype)
+            for mean, value in zip(population.means, values, strict=True)
+        ]
+        if all(map(np.array_equal, values, means)):
+            return
+        if not population.holds(values):
+            raise ValueError(
+                "Expected variables that hold the mean of the population, or "
+                "the weights of one of its members. Received: others, that "
+                "were set since `ask`. To tell its losses, set them back to "
+                "`population.means`; to go on from the new weights, ask again"
+            )
+        for variable, mean in zip(variables, means, strict=True):
+            self.assign(variable, mean)
+
+    def _check_population(self, population: Population) -> None:
+        if population.seeds.fingerprint == self._asked:
+            seeds = population.seeds._replace(
+                generation=int(keras.ops.convert_to_numpy(self.generations)),
+                base_seed=int(keras.ops.convert_to_numpy(self._seed)),
+            )
+        else:  # of another process
+            seeds = self._population().seeds
+        check_seeds(population.seeds, seeds)
+
+    @staticmethod
+    def _check_any(results: np.ndarray) -> None:
+        if np.isnan(results).all():
+            raise ValueError(
+                "Expected the loss of one member at least. Received: none, "
+                "all are missing (None or NaN)"
+            )
+
+    @staticmethod
+    def _check_outside(method: str) -> None:
+        if not tf.executing_eagerly() or strategies.in_replica():
+            where = "replica" if strategies.in_replica() else "`tf.function`"
+            raise RuntimeError(
+                f"`{method}` is for losses that Python finds. Expected: a call "
+                "outside of any `tf.function` and replica (`minimize` works in "
+                f"both). Received: a call in a {where}"
+            )
