@@ -11,13 +11,21 @@ from keras_vo import (
 )
 from keras_vo.models import VOModel, VOSequential, make_variational
 from keras_vo.optimizer import Generation, VOOptimizer
+from keras_vo.population import Population
+from keras_vo.population_calls import population_call
+from keras_vo.remote_objective import RemoteObjective
 from keras_vo.search_distribution import GaussianSearchDistribution
+from keras_vo.stopping import stop_when
+from keras_vo.told import Report
 from keras_vo.training import VOTrainStep
 from keras_vo.version import __version__
 
 __all__ = [
     "GaussianSearchDistribution",
     "Generation",
+    "Population",
+    "RemoteObjective",
+    "Report",
     "VOModel",
     "VOOptimizer",
     "VOSequential",
@@ -29,4 +37,6 @@ __all__ = [
     "fitness_shaping",
     "layers",
     "make_variational",
+    "population_call",
+    "stop_when",
 ]

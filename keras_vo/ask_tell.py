@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -30,7 +29,7 @@ from keras_vo.population import (
 )
 from keras_vo.replicas import strategies
 from keras_vo.search.credit import MEMBER, Outcomes
-from keras_vo.search.engine import Judged
+from keras_vo.search.state import Judged
 from keras_vo.search_steps import SearchSteps
 from keras_vo.told import Found, Report, checked_results
 
@@ -43,6 +42,35 @@ class AskTell(SearchSteps):
     antithetic: bool
     _asked: str | None = None  # fingerprint of the last population
     _last_report: Report | None = None
+
+    @property
+    def best_loss(self) -> float:
+        """The least loss of any member so far, with `keep_best=True`.
+
+        Raises:
+            ValueError: it is not kept, or the optimizer is not built yet.
+        """
+        return float(self._kept("best_loss"))
+
+    @property
+    def best_weights(self) -> list[np.ndarray]:
+        """Its weights, in the order of the variables; zeros before a step."""
+        flat = tf.constant(self._kept("best_weights"))
+        return [
+            tf.cast(weight, variable.dtype).numpy()
+            for weight, variable in zip(
+                self._layout.unflatten(flat), self._trained(), strict=True
+            )
+        ]
+
+    def _kept(self, name: str) -> np.ndarray:
+        self._check_built(name)
+        if name not in self._rule_state:
+            raise ValueError(
+                f"`{name}` is that of VOOptimizer(keep_best=True). "
+                "Received: keep_best=False"
+            )
+        return _now(self._rule_state[name])
 
     @property
     def report(self) -> Report | None:
@@ -158,8 +186,8 @@ class AskTell(SearchSteps):
         means = [mean.numpy() for mean in gaussian.means]
         log_variance = gaussian.log_variance.numpy()
         seeds = Seeds(
-            int(keras.ops.convert_to_numpy(self._seed)),
-            int(keras.ops.convert_to_numpy(self.generations)),
+            int(_now(self._seed)),
+            int(_now(self.generations)),
             self.population_size,
             self.antithetic,
             fingerprint(frame, means, log_variance),
@@ -224,7 +252,7 @@ class AskTell(SearchSteps):
         assigning them.
         """
         variables = self._trained()
-        values = [keras.ops.convert_to_numpy(v) for v in variables]
+        values = list(map(_now, variables))
         means = [
             tf.cast(mean, value.dtype)
             for mean, value in zip(population.means, values, strict=True)
@@ -244,8 +272,8 @@ class AskTell(SearchSteps):
     def _check_population(self, population: Population) -> None:
         if population.seeds.fingerprint == self._asked:
             seeds = population.seeds._replace(
-                generation=int(keras.ops.convert_to_numpy(self.generations)),
-                base_seed=int(keras.ops.convert_to_numpy(self._seed)),
+                generation=int(_now(self.generations)),
+                base_seed=int(_now(self._seed)),
             )
         else:  # of another process
             seeds = self._population().seeds
@@ -268,3 +296,8 @@ class AskTell(SearchSteps):
                 "outside of any `tf.function` and replica (`minimize` works in "
                 f"both). Received: a call in a {where}"
             )
+
+
+def _now(variable: Any) -> np.ndarray:
+    """The value of a variable."""
+    return np.asarray(tf.convert_to_tensor(variable).numpy())

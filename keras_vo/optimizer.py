@@ -25,6 +25,7 @@ from keras_vo.minimize import Minimize
 from keras_vo.perturbations import registry
 from keras_vo.replicas import cost
 from keras_vo.search.activation_scale import ByExample
+from keras_vo.search.best import KeepBest
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search.state import Settings
@@ -127,6 +128,10 @@ class VOOptimizer(Minimize):
             gradients that replicas sum over their own members. `"auto"`: what
             `keras_vo.exchange.CostModel` finds cheaper. What has noise on
             activations exchanges its gradient in any case.
+        keep_best: whether the best member there ever was, and its loss, are
+            kept, as `best_weights` and `best_loss`; they are saved with the
+            search. Of a noisy objective, or of batches, that is the luckiest
+            one: evaluate it again, and mu, which averages over many.
         name: name of the optimizer.
 
     Raises:
@@ -161,6 +166,7 @@ class VOOptimizer(Minimize):
         chunk_size: int | None = None,
         memory_budget: int = 2**29,
         exchange: str = "auto",
+        keep_best: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -200,6 +206,7 @@ class VOOptimizer(Minimize):
             "memory_budget", memory_budget
         )
         self.exchange = cost.checked_exchange(exchange)
+        self.keep_best = bool(keep_best)
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
         """What does not change from step to step, for these weights."""
@@ -207,10 +214,12 @@ class VOOptimizer(Minimize):
             ByExample(),
             *self.search_distribution.rules(variables, self.population_size),
         ]
+        layout = self.search_distribution.layout(variables)
         if self.max_kl is not None:
-            layout = self.search_distribution.layout(variables)
             project = constraints.projection(variables, layout)
             rules.append(MaxKL(self.max_kl, project))
+        if self.keep_best:
+            rules.append(KeepBest(layout))
         return Settings(
             self.population_size,
             self.examples_population_size,
@@ -256,6 +265,7 @@ class VOOptimizer(Minimize):
             "chunk_size": self.chunk_size,
             "memory_budget": self.memory_budget,
             "exchange": self.exchange,
+            "keep_best": self.keep_best,
         }
 
     @classmethod

@@ -174,6 +174,7 @@ class Population(Sequence[list[np.ndarray]]):
         self._log_variance = log_variance
         self.seeds = seeds
         self.own = own
+        self._kept: list[tf.Tensor] | None = None
 
     @property
     def generation(self) -> int:
@@ -187,6 +188,19 @@ class Population(Sequence[list[np.ndarray]]):
         In the variables' order; of variables of low precision in float32.
         """
         return [mean.copy() for mean in self._means]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """What stands for the variables."""
+        return self._frame.weights
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of the weights of one member, at least in its search."""
+        return self._frame.layout.size * self._frame.layout.dtype.size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def __len__(self) -> int:
         return self.seeds.size
@@ -215,8 +229,7 @@ class Population(Sequence[list[np.ndarray]]):
             size: members in a chunk, at most; `None`: some 32 MiB of weights.
         """
         if size is None:
-            bytes_each = self._frame.layout.size * self._frame.layout.dtype.size
-            size = max(_CHUNK_BYTES // bytes_each, 1)
+            size = max(_CHUNK_BYTES // max(self.bytes_each, 1), 1)
         size = checks.checked_integer("size", size)
         for first in range(0, len(self), size):
             yield self.stacked(range(first, min(first + size, len(self))))
@@ -244,6 +257,12 @@ class Population(Sequence[list[np.ndarray]]):
                 tf.constant(signs, self._frame.layout.dtype),
             )
         )
+
+    def kept_tensors(self) -> list[tf.Tensor]:
+        """`tensors` of all members, which are made once."""
+        if self._kept is None:
+            self._kept = self.tensors()
+        return self._kept
 
     def _at(self, members: Iterable[int]) -> np.ndarray:
         """Checked indices of members, counted from 0."""

@@ -18,7 +18,9 @@ __all__ = ["NEWER", "named_variables", "restore", "save"]
 
 # What files of earlier versions lack, and what it was there; "discrete": see
 # `RESUMED` in `keras_vo.search.activation_scale`.
-NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": -3.0}
+# What is kept on request is lacking or left over where it was not.
+_REQUESTED = {"best_loss": float("inf"), "best_weights": 0.0}
+NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": -3.0, **_REQUESTED}
 
 _FORMAT = 1
 _MANIFEST = "manifest"
@@ -109,10 +111,13 @@ def restore(
         ]
         targets = dict(variables)
         values |= {
-            name: np.asarray(NEWER[name])
-            for name in targets
-            if name in NEWER and name not in values
+            name: np.full(tuple(targets[name].shape), value)
+            for name, value in NEWER.items()
+            if name in targets and name not in values
         }
+        for name in _REQUESTED:
+            if name not in targets:
+                values.pop(name, None)
     else:
         if not values or not values["0"].any():
             return []  # that of an optimizer that has made no step
@@ -133,7 +138,7 @@ def restore(
     if not differences:
         for name, variable in variables.items():
             if name in NEWER:
-                variable.assign(NEWER[name])
+                variable.assign(np.full(tuple(variable.shape), NEWER[name]))
         for name, variable in targets.items():
             variable.assign(values[name])
     return differences

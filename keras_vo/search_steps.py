@@ -28,9 +28,9 @@ from keras_vo.replicas.communicator import current_replicas
 from keras_vo.search.activation_scale import ActivationScale, Site
 from keras_vo.search.chunks import NoiseSource
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
-from keras_vo.search.engine import Judged, Search
+from keras_vo.search.engine import Search
 from keras_vo.search.signal_to_noise import Probe
-from keras_vo.search.state import Report, SearchState, mean_scale
+from keras_vo.search.state import Judged, Report, SearchState, mean_scale
 from keras_vo.search_variables import SearchVariables
 
 __all__ = ["SearchSteps"]

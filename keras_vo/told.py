@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ class Found(NamedTuple):
     gradient_snr: tf.Tensor
 
 
-class Report(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
     """What a step of the search has found.
 
     Where scores are maximised, losses are minus the scores.

@@ -147,13 +147,17 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
 
 @pytest.mark.slow
 def test_shards_and_gradients_across_processes(tmp_path):
-    """TensorFlow's own constructor, uneven batches, three steps at once."""
+    """TensorFlow's own constructor, uneven batches, three steps at once.
+
+    And ask and tell, each worker with its members.
+    """
     options = {
         "strategy": "tensorflow",
         "same_batch": False,
         "optimizer": {"exchange": "gradient"},
         "compile": {"steps_per_execution": 3},
         "monitor": str(tmp_path / "search{}.csv"),
+        "told": True,
         "result": str(tmp_path / "{}.npz"),
     }
     codes, outputs = run(tmp_path, options, options)
@@ -167,6 +171,7 @@ def test_shards_and_gradients_across_processes(tmp_path):
     assert np.isfinite(float(rows[-1]["gradient_snr"]))
     assert not (tmp_path / "search1.csv").exists()  # the first one writes
     assert first["history loss"][-1] < first["history loss"][0]
+    np.testing.assert_allclose(first["told"], worker_program.told()[0], 1e-4)
     one = worker_program.model(worker_program.OPTIONS)
     x, y = worker_program.data()
     one.set_weights([first[f"w{i}"] for i in range(len(one.weights))])

@@ -3,6 +3,8 @@
 The environment variable TF_CONFIG says which worker it is.
 """
 
+import concurrent.futures as futures
+import contextlib
 import json
 import os
 import signal
@@ -27,6 +29,7 @@ OPTIONS = {
     "checkpoint": None,  # a path
     "monitor": None,  # a path of a CSV file, of which {} is the worker
     "evaluate": True,
+    "told": False,
     "kill": None,  # [worker, batch], counted over all epochs
     "result": None,  # a path, of which {} is the worker
     "start_timeout": 60.0,
@@ -75,6 +78,33 @@ def model(options):
     return made
 
 
+def square_distance(weights):
+    return float(np.sum((np.asarray(weights[0], float) - 1) ** 2))
+
+
+def told(strategy=None):
+    """A search by losses of Python's: each worker finds those of its members.
+
+    That of member 5 is missing.
+
+    Returns:
+        The weights after four steps, and how many members were evaluated.
+    """
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        variable = tf.Variable(tf.zeros([4, 3]))
+        optimizer = keras_vo.VOOptimizer(population_size=12, seed=5)
+    evaluated = 0
+    for _ in range(3):
+        population = optimizer.ask([variable])
+        own = [member for member in population.own if member != 5]
+        losses = {i: square_distance(population[i]) for i in own}
+        evaluated += len(losses)
+        assert optimizer.tell(population, losses).evaluations == 11
+    with futures.ThreadPoolExecutor(2) as threads:
+        optimizer.minimize(square_distance, [variable], executor=threads)
+    return variable.numpy(), evaluated
+
+
 def main(options):
     worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     if options["strategy"] == "keras_vo":
@@ -112,4 +142,7 @@ def main(options):
     if options["evaluate"]:
         results["evaluated"] = trained.evaluate(x, y, batch_size=16, verbose=0)
         results["predicted"] = trained.predict(x, batch_size=16, verbose=0)
+    if options["told"]:
+        results["told"], evaluated = told(strategy)
+        assert evaluated < 3 * 11
     np.savez(options["result"].format(worker), **results)

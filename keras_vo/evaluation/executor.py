@@ -188,7 +188,7 @@ class _Run:
                 self._fail(member, error)
         if broken:
             self._break(broken)
-        if timeout is not None:
+        if timeout is not None and self.pending:
             self._expire(timeout)
 
     def _succeed(self, member: int, value: Any) -> None:
@@ -236,15 +236,11 @@ class _Run:
     def _expire(self, timeout: float) -> None:
         """Gives those up that take too long, or that will never come."""
         now = time.monotonic()
-        if self._pool.is_threads:  # which nothing can interrupt
-            for future, member in list(self.pending.items()):
-                if future.running():
-                    since = self._running_since.setdefault(member, now)
-                    if now - since > timeout:
-                        del self.pending[future]
-                        self._fail(member, _too_long(timeout))
+        if self._pool.is_threads:
+            self._expire_threads(timeout, now)
+            return
         silent = now - self._last_sign_of_life
-        known = self._pool.is_threads or self.losses or self.failures
+        known = self.losses or self.failures
         if silent <= timeout + (_GRACE if known else _START):
             return
         lost = list(self.pending.values())
@@ -256,6 +252,20 @@ class _Run:
         self.pending.clear()
         for member in lost:
             self._fail(member, _too_long(timeout))
+
+    def _expire_threads(self, timeout: float, now: float) -> None:
+        """Gives threads up, which nothing can interrupt."""
+        for future, member in list(self.pending.items()):
+            if future.running():
+                since = self._running_since.setdefault(member, now)
+                if now - since > timeout:
+                    del self.pending[future]
+                    self._pool.give_up(future)
+                    self._fail(member, _too_long(timeout))
+        if self._pool.is_stuck:
+            self.queue.extendleft(self.pending.values())
+            self.pending.clear()
+            self._pool.replace()
 
 
 def _limited(

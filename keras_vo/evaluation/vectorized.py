@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from keras_vo.evaluation.effects import Effects
 from keras_vo.evaluation.isolation import Isolation
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "quiet_tensorflow"]
 
 _announced: set[str] = set()  # reasons
 
@@ -75,7 +75,7 @@ def _traced(
     slow = None
     if not serial:
         try:
-            with _quiet_tensorflow():
+            with quiet_tensorflow():
                 traced = trace(vectorized)
             if not (jit_compile and _uses_tensor_lists(traced.graph)):
                 return lambda rows, _: traced(rows), Effects.of(traced), None
@@ -137,7 +137,7 @@ def _announce_slow_path(reason: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
+def quiet_tensorflow() -> Iterator[None]:
     """Silences what TensorFlow logs when it finds no vectorized form."""
     logger = tf.get_logger()
     level = logger.level

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -27,15 +27,17 @@ from keras_vo.search import (
     estimators,
     example_credit,
 )
+from keras_vo.search.best import best_member
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.members import Members, Shard
-from keras_vo.search.rules import Proposal, State, Step
+from keras_vo.search.rules import Best, Proposal, State, Step
 from keras_vo.search.signal_to_noise import Probe
 from keras_vo.search.state import (
+    Judged,
     OfReplica,
     Perturbations,
     Report,
@@ -44,26 +46,13 @@ from keras_vo.search.state import (
     mean_scale,
 )
 
-__all__ = ["Judged", "Search"]
-
+__all__ = ["Search"]
 
 # From a level of credit and the noise of this replica's members to their
 # outcomes.
 Evaluator = Callable[[str, NoiseSource], Outcomes]
 # From dU/dmu, a tensor for each variable, to mu' alike.
 MoveMean = Callable[[list[tf.Tensor]], Sequence[tf.Tensor]]
-
-
-class Judged(NamedTuple):
-    """The members of one level, and what was found of them.
-
-    Attributes:
-        members: of all replicas.
-        outcomes: of this replica's.
-    """
-
-    members: Members
-    outcomes: Outcomes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +124,9 @@ class Search:
         # Where a batch can't be had (the end of the data), nothing is done.
         losses = [p.losses for p in pooled.values()]
         with tf.control_dependencies(losses):
-            proposal, rules = self._proposed(direction, ties, move_mean)
+            proposal, rules = self._proposed(
+                direction, ties, move_mean, self._best(populations, pooled)
+            )
         finite = [tf.reduce_any(p.enough) for p in pooled.values()]
         return Report(pooled, direction, tf.reduce_any(finite), proposal, rules)
 
@@ -295,6 +286,22 @@ class Search:
             return credit.reduce_noise(source, chunk, values)
         return evaluated.reduce(chunk, values)
 
+    def _best(
+        self,
+        populations: Mapping[str, Judged],
+        pooled: Mapping[str, credit.Pooled],
+    ) -> Best | None:
+        if MEMBER not in populations:
+            return None
+        members = populations[MEMBER].members
+        return functools.partial(
+            best_member,
+            members,
+            pooled[MEMBER].losses,
+            lambda one: self._source(MEMBER, one, activations=False),
+            self.perturbations.at(MEMBER).weights,
+        )
+
     @property
     def _gradient_size(self) -> int:
         """Numbers that replicas add up if each sums over its own noise."""
@@ -319,6 +326,7 @@ class Search:
         direction: Direction,
         ties: tf.Tensor | None,
         move_mean: MoveMean,
+        best: Best | None,
     ) -> tuple[Proposal, State]:
         """The next distribution, and the next state of the rules."""
         state, rules = self.state, self.settings.rules
@@ -329,6 +337,7 @@ class Search:
             state.updates,
             self.activations,
             ties,
+            best=best,
         )
         step = activation_scale.steadied(step, state.rules)
         mean = layout.flatten(move_mean(layout.unflatten(direction.mean)))

@@ -130,6 +130,14 @@ class Members:
         """
         return int(self.index[row]) + self.total * self.signs.index(sign)
 
+    def direction(self, index: tf.Tensor) -> Members:
+        """That of one row of the table."""
+        return dataclasses.replace(
+            self,
+            generation=self.generation[index][None],
+            index=self.index[index][None],
+        )
+
     def shard(self, shard: Shard) -> Members:
         """Those of one replica."""
         rows = slice(shard.start, shard.start + shard.size)

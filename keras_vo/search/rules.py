@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from keras_vo.search.activation_scale import ActivationScale
 
 __all__ = [
+    "Best",
     "Bounds",
     "Descent",
     "MaxKL",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 State = Mapping[str, tf.Tensor]
+# To a loss, and the weights of the member that has it: see `Step`.
+Best = Callable[[], tuple[tf.Tensor, list[tf.Tensor]]]
 
 
 class Step(NamedTuple):
@@ -56,6 +59,9 @@ class Step(NamedTuple):
             there are no losses of examples.
         steady: groups whose sigma does not follow the mean, [groups]; `None`:
             none.
+        best: finds the least loss of a member with noise on its weights, a
+            scalar float64 (inf: none is finite), and these weights; `None`:
+            there are no such members.
     """
 
     gaussian: Gaussian
@@ -64,6 +70,7 @@ class Step(NamedTuple):
     activations: ActivationScale | None = None
     ties: tf.Tensor | None = None
     steady: tf.Tensor | None = None
+    best: Best | None = None
 
 
 class Proposal(NamedTuple):

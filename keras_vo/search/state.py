@@ -10,12 +10,14 @@ import tensorflow as tf
 
 from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import Pooled, Rows, Shaping, all_losses
+from keras_vo.search.credit import Outcomes, Pooled, Rows, Shaping, all_losses
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.members import Members
 from keras_vo.search.rules import Proposal, Rule, State
 
 __all__ = [
+    "Judged",
     "OfReplica",
     "Perturbations",
     "PerturbationsOfLevel",
@@ -47,6 +49,8 @@ class PerturbationsOfLevel(Protocol):
         """By kind."""
 
     def totals(self) -> dict[str, dict[str, tf.Tensor]]: ...
+
+    def weights(self, noise: Noise, sign: Any) -> list[tf.Tensor]: ...
 
 
 class Perturbations(Protocol):
@@ -113,6 +117,18 @@ class SearchState(NamedTuple):
     generation: tf.Tensor
     updates: tf.Tensor
     rules: State
+
+
+class Judged(NamedTuple):
+    """The members of one level, and what was found of them.
+
+    Attributes:
+        members: of all replicas.
+        outcomes: of this replica's.
+    """
+
+    members: Members
+    outcomes: Outcomes
 
 
 class OfReplica(NamedTuple):
