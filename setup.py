@@ -18,6 +18,7 @@ EXAMPLES = [
     "scipy",
     "matplotlib",
     "gymnasium[classic-control]",
+    "distributed",  # Dask's
 ]
 TENSORBOARD = ["tensorboard"]
 PLOTS = ["matplotlib"]
