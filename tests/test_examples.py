@@ -57,7 +57,7 @@ def test_digits_names_an_unknown_choice():
 def test_readme_code_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     short = [
         block.replace("=200", "=2")
         .replace("1000", "100")
@@ -80,9 +80,10 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         short[2]
         + "\nassert mean_loss < 10, mean_loss"
         + "\nsearch.restore(path).assert_consumed()",
-        short[3] + "\nassert model.evaluate(x, y)[1] > 0.9",
-        short[4] + "\nassert model.evaluate(x, y)[1] > 0.3",
-        short[5] + "\nassert len(monitor.history['kl']) == 100",
+        short[3] + "\nassert stop.reason.startswith('12800 eval'), stop.reason",
+        short[4] + "\nassert model.evaluate(x, y)[1] > 0.9",
+        short[5] + "\nassert model.evaluate(x, y)[1] > 0.3",
+        short[6] + "\nassert len(monitor.history['kl']) == 100",
     ]
     monkeypatch.chdir(tmp_path)
     # TensorFlow's collective operations are those of one strategy a process.
