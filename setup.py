@@ -13,12 +13,13 @@ VERSION = re.search(
 ).group(1)
 
 TEST = ["pytest>=8", "scipy", "hypothesis"]
+RL = ["gymnasium[classic-control]"]
 EXAMPLES = [
     "scikit-learn",
     "scipy",
     "matplotlib",
-    "gymnasium[classic-control]",
     "distributed",  # Dask's
+    *RL,
 ]
 TENSORBOARD = ["tensorboard"]
 PLOTS = ["matplotlib"]
@@ -49,6 +50,7 @@ setuptools.setup(
     extras_require={
         "examples": EXAMPLES,
         "plots": PLOTS,
+        "rl": RL,
         "tensorboard": TENSORBOARD,
         "test": TEST,
         "dev": [

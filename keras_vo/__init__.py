@@ -8,6 +8,8 @@ from keras_vo import (
     exchange,
     fitness_shaping,
     layers,
+    optimizers,
+    rl,
 )
 from keras_vo.models import VOModel, VOSequential, make_variational
 from keras_vo.optimizer import Generation, VOOptimizer
@@ -37,6 +39,8 @@ __all__ = [
     "fitness_shaping",
     "layers",
     "make_variational",
+    "optimizers",
     "population_call",
+    "rl",
     "stop_when",
 ]

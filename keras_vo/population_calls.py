@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_vo.evaluation.vectorized import quiet_tensorflow
 from keras_vo.population import Population, Weight
 
-__all__ = ["population_call"]
+__all__ = ["function_of", "population_call"]
 
 # Weights that are there at once; a larger population goes by chunks.
 _MOST_BYTES = 2**28
@@ -72,7 +72,7 @@ def population_call(
             else keras.tree.map_structure(lambda x: x[0], inputs)
         )
     _check_variables(model, population)
-    function = _function(model, shared_inputs)
+    function = function_of(model, shared_inputs)
     size = max(_MOST_BYTES // max(population.bytes_each, 1), 1)
     if size >= len(population):
         return function(population.kept_tensors(), inputs)
@@ -88,7 +88,7 @@ def population_call(
     return keras.tree.map_structure(lambda *x: tf.concat(x, 0), *chunks)
 
 
-def _function(model: Any, shared_inputs: bool) -> Callable[..., Any]:
+def function_of(model: Any, shared_inputs: bool) -> Callable[..., Any]:
     """From weights [n, ...] and inputs to outputs [n, batch, ...]."""
     kinds = (model.trainable_variables, model.non_trainable_variables)
     key = (shared_inputs, *(tuple(map(id, variables)) for variables in kinds))
@@ -99,7 +99,7 @@ def _function(model: Any, shared_inputs: bool) -> Callable[..., Any]:
 
 
 def _traceable(model: Any, shared_inputs: bool) -> Callable[..., Any]:
-    """See `_function`; of a reference, so that no model is kept alive."""
+    """See `function_of`; of a reference, so that no model is kept alive."""
 
     def member(weights: Sequence[tf.Tensor], inputs: Any) -> Any:
         network = model()

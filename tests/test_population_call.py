@@ -110,7 +110,7 @@ def test_all_members_at_once(name):
             assert_close(outputs, one_by_one(model, population, inputs, shared))
             optimizer.tell(population, np.arange(8.0))
             population = optimizer.ask(model.trainable_variables)
-        function = population_calls._function(model, shared)
+        function = population_calls.function_of(model, shared)
         assert function.experimental_get_tracing_count() == 1
 
 

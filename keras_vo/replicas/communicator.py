@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_vo.replicas import cost
-from keras_vo.replicas.strategies import current_strategy, is_multi_worker
+from keras_vo.replicas.strategies import (
+    current_strategy,
+    entered,
+    is_multi_worker,
+    local_replicas,
+    on_each_replica,
+)
 
-__all__ = ["Replicas", "current_replicas"]
+__all__ = ["Replicas", "current_replicas", "sum_over_workers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +78,25 @@ def current_replicas(exchange: str = "auto") -> Replicas:
         exchange,
         is_multi_worker(current_strategy()),
     )
+
+
+def sum_over_workers(strategy: Any, values: Any) -> np.ndarray:
+    """The sum of numbers that each process of a strategy has, float64.
+
+    Args:
+        strategy: all of whose processes call this; `None`: there is none.
+        values: an array, or a number, of this process.
+    """
+    values = np.asarray(values, np.float64)
+    if not is_multi_worker(strategy):
+        return values
+
+    def total() -> tf.Tensor:
+        replicas = current_replicas()
+        first = replicas.index % replicas_here == 0
+        own = tf.constant(values if first else np.zeros_like(values))
+        return replicas.sum([own])[0]
+
+    with entered(strategy):
+        replicas_here = len(local_replicas())
+        return np.asarray(on_each_replica(total).numpy())

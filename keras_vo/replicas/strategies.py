@@ -25,9 +25,11 @@ __all__ = [
     "first_local",
     "in_replica",
     "is_multi_worker",
+    "local_replicas",
     "on_each_replica",
     "own_directions",
     "replica_local_variable",
+    "worker_count",
 ]
 
 
@@ -118,8 +120,16 @@ def on_each_replica(function: Callable[[], Any]) -> Any:
     return first_local(current_strategy().run(function))
 
 
-def own_directions(directions: int) -> list[int]:
-    """Those that the replicas of this process evaluate, of so many."""
+def worker_count(strategy: Any) -> int:
+    """How many processes a strategy has."""
+    if not is_multi_worker(strategy):
+        return 1
+    jobs = strategy.cluster_resolver.cluster_spec().as_dict()
+    return sum(map(len, jobs.values()))
+
+
+def local_replicas() -> list[int]:
+    """Indices of the current strategy's replicas in this process."""
     strategy = tf.distribute.get_strategy()
     replica = tf.distribute.get_replica_context
     indices = strategy.experimental_local_results(
@@ -127,10 +137,13 @@ def own_directions(directions: int) -> list[int]:
             lambda: tf.convert_to_tensor(replica().replica_id_in_sync_group)
         )
     )
-    shards = [
-        Shard.make(directions, int(index), strategy.num_replicas_in_sync)
-        for index in indices
-    ]
+    return list(map(int, indices))
+
+
+def own_directions(directions: int) -> list[int]:
+    """Those that the replicas of this process evaluate, of so many."""
+    count = tf.distribute.get_strategy().num_replicas_in_sync
+    shards = [Shard.make(directions, i, count) for i in local_replicas()]
     return [
         direction
         for shard in shards

@@ -1,0 +1,166 @@
+"""Episodes of many members at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_vo.population_calls import function_of
+from keras_vo.rl.environments import Environments
+from keras_vo.rl.normalization import Statistics
+from keras_vo.rl.spaces import actions_of, check_policy
+
+__all__ = ["Episodes", "Player"]
+
+
+class Episodes(NamedTuple):
+    """What some members' episodes were.
+
+    Attributes:
+        returns: sums of rewards, [members, episodes] float64.
+        lengths: numbers of time steps, alike.
+        statistics: of all that was observed.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    statistics: Statistics
+
+
+class Player:
+    """Plays episodes with a policy.
+
+    Args:
+        model: the policy.
+        environments: copies of one.
+        action_noise: see `Rollouts`.
+
+    Raises:
+        ValueError: the policy does not fit the spaces.
+    """
+
+    def __init__(
+        self, model: Any, environments: Environments, action_noise: float
+    ) -> None:
+        self.environments = environments
+        self._model = model
+        self._action_noise = action_noise
+        first = environments.first
+        self._actions = actions_of(first.action_space, action_noise)
+        check_policy(model, first, self._actions.shape)
+
+    def play(
+        self,
+        weights: Sequence[tf.Tensor],
+        seeds: np.ndarray,
+        noisy: bool = True,
+    ) -> Episodes:
+        """An episode from each of the seeds.
+
+        Args:
+            weights: of each variable of the model, [members, ...].
+            seeds: of the episodes, [members, episodes].
+            noisy: whether actions have noise.
+        """
+        members, episodes = seeds.shape
+        observations = self.environments.reset(seeds.reshape(-1))
+        returns = np.zeros(seeds.size)
+        lengths = np.zeros(seeds.size, int)
+        noise = None
+        if noisy and self._action_noise:
+            noise = [np.random.default_rng(s) for s in seeds.reshape(-1)]
+        policy = _Weights(self._model, weights, episodes)
+        running = np.arange(seeds.size)
+        tally = _Tally(observations)
+        while running.size:
+            tally.add(observations[running])
+            outputs = policy(observations, running)
+            actions = self._actions.choose(outputs, self._drawn(noise, running))
+            lengths[running] += 1
+            goes_on = self.environments.step(
+                running, actions, observations, returns
+            )
+            running = running[goes_on]
+        shape = (members, episodes)
+        return Episodes(
+            returns.reshape(shape), lengths.reshape(shape), tally.statistics()
+        )
+
+    def _drawn(
+        self, noise: list[np.random.Generator] | None, running: np.ndarray
+    ) -> np.ndarray:
+        """Noise of the actions of the episodes that go on."""
+        if noise is None:
+            return self._silent[None]
+        return np.stack([self._actions.noise(noise[i]) for i in running])
+
+    @property
+    def _silent(self) -> np.ndarray:
+        """Noise that changes no action, whatever `action_noise` is."""
+        drawn = self._actions.noise(np.random.default_rng(0))
+        box = type(self.environments.first.action_space).__name__ == "Box"
+        return np.zeros_like(drawn) if box else np.ones_like(drawn)
+
+
+class _Weights:
+    """A policy with the weights of several members.
+
+    Members whose episodes have all ended are left out when they are half of
+    those that are not.
+
+    Args:
+        model: the policy.
+        weights: [members, ...] each.
+        episodes: of each member.
+    """
+
+    def __init__(
+        self, model: Any, weights: Sequence[tf.Tensor], episodes: int
+    ) -> None:
+        self._function: Callable[..., Any] = function_of(model, False)
+        self._weights = list(weights)
+        self._episodes = episodes
+        self._members = np.arange(weights[0].shape[0])
+
+    def __call__(
+        self, observations: np.ndarray, running: np.ndarray
+    ) -> np.ndarray:
+        """Outputs for the observations of the episodes that go on."""
+        playing = np.unique(running // self._episodes)
+        if 2 * len(playing) <= len(self._members):
+            rows = np.searchsorted(self._members, playing)
+            self._weights = [tf.gather(w, rows) for w in self._weights]
+            self._members = playing
+        shape = observations.shape[1:]
+        by_member = observations.reshape(-1, self._episodes, *shape)
+        outputs = self._function(
+            self._weights, tf.constant(by_member[self._members])
+        ).numpy()
+        rows = np.searchsorted(self._members, running // self._episodes)
+        return np.asarray(outputs[rows, running % self._episodes])
+
+
+class _Tally:
+    """Sums over observations, of distances from the first ones' mean."""
+
+    def __init__(self, observations: np.ndarray) -> None:
+        self._center = observations.mean(axis=0, dtype=np.float64)
+        self._total = np.zeros_like(self._center)
+        self._squares = np.zeros_like(self._center)
+        self._count = 0
+
+    def add(self, observations: np.ndarray) -> None:
+        """Takes observations [n, ...] into account."""
+        distances = observations - self._center
+        self._total += distances.sum(axis=0)
+        self._squares += (distances**2).sum(axis=0)
+        self._count += len(observations)
+
+    def statistics(self) -> Statistics:
+        """Of all of them."""
+        return Statistics.of_sums(
+            self._count, self._total, self._squares, self._center
+        )

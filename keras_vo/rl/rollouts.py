@@ -1,0 +1,229 @@
+"""Episodes of a population: what its members' policies are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_vo import checks, interrupts
+from keras_vo.population import Population
+from keras_vo.replicas.communicator import sum_over_workers
+from keras_vo.replicas.strategies import worker_count
+from keras_vo.rl.environments import Environments, maker
+from keras_vo.rl.episodes import Episodes, Player
+from keras_vo.rl.normalization import ObservationNormalization, Statistics
+from keras_vo.told import Report
+
+__all__ = ["Rollouts"]
+
+# Streams of seeds: of training, and of evaluation.
+_TRAINING, _EVALUATION = 0, 1
+
+
+class Rollouts:
+    """Trains a policy in an environment of gymnasium.
+
+    >>> policy = keras.Sequential([
+    ...     keras.Input((4,)),
+    ...     keras_vo.rl.ObservationNormalization(),
+    ...     keras.layers.Dense(2),
+    ... ])
+    >>> optimizer = keras_vo.VOOptimizer(keras_vo.rl.ClipUp(0.1))
+    >>> rollouts = keras_vo.rl.Rollouts("CartPole-v1", policy)
+    >>> while rollouts.interactions < 50_000:
+    ...     report = rollouts.step(optimizer)
+    >>> rollouts.evaluate(episodes=100).mean()
+
+    All members play at the same time, with one call of the policy for all of
+    them at each time step. Those whose episodes have ended are not stepped.
+
+    By default all members of a generation play the same episodes (the same
+    seeds of environments and of action noise: common random numbers), and
+    those of the next generation others: what is compared are policies, not
+    luck. Seeds follow from `seed` and the generation, so that a search that is
+    resumed sees what it would have seen.
+
+    Args:
+        env: the id of an environment, or a function that makes one. Its
+            observations are Box, Discrete (the policy gets one-hot vectors),
+            MultiDiscrete or MultiBinary.
+        policy: a Keras model from observations [batch, ...] to outputs. Of
+            Box actions, outputs are the actions, clipped to their bounds; of
+            Discrete(n) n numbers, of which the largest acts; of MultiDiscrete
+            those of all parts one after the other; of MultiBinary a number
+            each, of which those above 0 act.
+        episodes: of each member, in a generation. Its score is their mean
+            return.
+        num_interactions: budget of a generation in time steps: members are
+            evaluated, some at a time, until it is spent, and the others are
+            missing; so `population_size` is the largest population. (Members
+            that are playing end their episodes.) On several workers each has
+            its part. `None`: all members are evaluated.
+        max_episode_steps: time steps of an episode at most; `None`: what the
+            environment says.
+        action_noise: of Box actions, standard deviation of normal noise in
+            units of half of their range; of others, the probability of a
+            random action.
+        common_random_numbers: see above; else each member has episodes of its
+            own.
+        seed: of all episodes, in [0, 2^63).
+        env_options: further arguments of what makes an environment.
+
+    Attributes:
+        interactions: time steps of training so far, of all workers.
+
+    Raises:
+        ImportError: gymnasium is not installed.
+        ValueError: the policy does not fit the spaces, or an argument is out
+            of its range.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        policy: Any,
+        *,
+        episodes: int = 1,
+        num_interactions: int | None = None,
+        max_episode_steps: int | None = None,
+        action_noise: float = 0.0,
+        common_random_numbers: bool = True,
+        seed: int = 0,
+        env_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.policy = policy
+        self._episodes = checks.checked_integer("episodes", episodes)
+        if num_interactions is not None:
+            num_interactions = checks.checked_integer(
+                "num_interactions", num_interactions
+            )
+        self._budget = num_interactions
+        if max_episode_steps is not None:
+            max_episode_steps = checks.checked_integer(
+                "max_episode_steps", max_episode_steps
+            )
+        if not isinstance(action_noise, (int, float)) or not action_noise >= 0:
+            raise ValueError(
+                "`action_noise` must be a number of 0 or more. "
+                f"Received: action_noise={action_noise!r}"
+            )
+        self._common = bool(common_random_numbers)
+        self._seed = checks.checked_seed(seed)
+        environments = Environments(
+            maker(env, max_episode_steps, env_options or {})
+        )
+        self._player = Player(policy, environments, float(action_noise))
+        self.interactions = 0
+
+    def step(self, optimizer: Any) -> Report:
+        """One generation: its episodes, and a step of the search.
+
+        Args:
+            optimizer: a `VOOptimizer`, that of this policy.
+
+        Returns:
+            The report of the step; losses are minus the mean returns.
+        """
+        strategy = optimizer.strategy
+        workers = worker_count(strategy)
+        population = optimizer.ask(self.policy.trainable_variables)
+        scores: dict[int, float] = {}
+        steps, seen = 0, None
+        for members in self._slices(population):
+            played = self.play(population, members)
+            scores |= dict(
+                zip(members, played.returns.mean(axis=1), strict=True)
+            )
+            steps += int(played.lengths.sum())
+            seen = (
+                played.statistics
+                if seen is None
+                else seen.and_also(played.statistics)
+            )
+            if self._budget is not None and steps * workers >= self._budget:
+                break
+        report = optimizer.tell(population, scores, maximize=True)
+        self.interactions += int(sum_over_workers(strategy, steps))
+        if seen is not None:
+            self._normalize(strategy, seen)
+        return report
+
+    def play(self, population: Population, members: Sequence[int]) -> Episodes:
+        """The episodes of some members.
+
+        Args:
+            population: of the policy's weights.
+            members: indices.
+        """
+        count = 1 if self._common else len(population)
+        seeds = self._seeds(
+            (_TRAINING, population.generation), count, self._episodes
+        )
+        rows = np.zeros(len(members), int) if self._common else list(members)
+        with interrupts.named(
+            f"(keras_vo: in an episode of generation {population.generation})"
+        ):
+            return self._player.play(population.tensors(members), seeds[rows])
+
+    def evaluate(self, episodes: int = 100, seed: int = 0) -> np.ndarray:
+        """Returns [episodes] of the policy with the weights that it has.
+
+        Args:
+            episodes: how many; no one is one of training.
+            seed: of the episodes.
+        """
+        weights = [
+            tf.convert_to_tensor(v)[None]
+            for v in self.policy.trainable_variables
+        ]
+        seeds = self._seeds((_EVALUATION, seed), 1, episodes)
+        return self._player.play(weights, seeds, noisy=False).returns[0]
+
+    def close(self) -> None:
+        """Closes all environments."""
+        self._player.environments.close()
+
+    def _slices(self, population: Population) -> Iterator[list[int]]:
+        """Members that are evaluated together; halves of pairs are."""
+        own = list(population.own)
+        if self._budget is None:
+            yield own
+            return
+        signs = 1 + population.seeds.antithetic
+        directions = own[: len(own) // signs]
+        half = len(population) // signs
+        size = max(len(directions) // 8, 1)
+        for first in range(0, len(directions), size):
+            some = directions[first : first + size]
+            yield [i + sign * half for sign in range(signs) for i in some]
+
+    def _seeds(
+        self, stream: tuple[int, int], members: int, episodes: int
+    ) -> np.ndarray:
+        """Seeds of episodes, [members, episodes]."""
+        sequence = np.random.SeedSequence([self._seed, *stream])
+        words = sequence.generate_state(members * episodes)
+        return words.reshape(members, episodes)
+
+    def _normalize(self, strategy: Any, seen: Statistics) -> None:
+        """Updates the layers that normalize observations."""
+        layers = [
+            layer
+            for layer in self.policy.layers
+            if isinstance(layer, ObservationNormalization)
+        ]
+        if not layers:
+            return
+        center = layers[0].statistics.mean
+        total = seen.count * (seen.mean - center)
+        squares = seen.squares + seen.count * (seen.mean - center) ** 2
+        sums = sum_over_workers(
+            strategy,
+            np.stack([total, squares, np.full_like(total, seen.count)]),
+        )
+        merged = Statistics.of_sums(sums[2].flat[0], sums[0], sums[1], center)
+        for layer in layers:
+            layer.update(merged)
