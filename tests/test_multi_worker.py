@@ -149,7 +149,7 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
 def test_shards_and_gradients_across_processes(tmp_path):
     """TensorFlow's own constructor, uneven batches, three steps at once.
 
-    And ask and tell, each worker with its members.
+    And ask and tell, and episodes, each worker with its members.
     """
     options = {
         "strategy": "tensorflow",
@@ -172,6 +172,10 @@ def test_shards_and_gradients_across_processes(tmp_path):
     assert not (tmp_path / "search1.csv").exists()  # the first one writes
     assert first["history loss"][-1] < first["history loss"][0]
     np.testing.assert_allclose(first["told"], worker_program.told()[0], 1e-4)
+    played, interactions = worker_program.play()
+    assert first["interactions"] == interactions
+    for index, value in enumerate(played):
+        np.testing.assert_allclose(first[f"played{index}"], value, rtol=1e-4)
     one = worker_program.model(worker_program.OPTIONS)
     x, y = worker_program.data()
     one.set_weights([first[f"w{i}"] for i in range(len(one.weights))])

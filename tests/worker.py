@@ -105,6 +105,30 @@ def told(strategy=None):
     return variable.numpy(), evaluated
 
 
+def play(strategy=None):
+    """A policy that each worker plays the episodes of its members with.
+
+    Returns:
+        Its weights, statistics of observations included, and the time steps
+        of all workers.
+    """
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        policy = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras_vo.rl.ObservationNormalization(),
+                keras.layers.Dense(2, kernel_initializer="zeros"),
+            ]
+        )
+        optimizer = keras_vo.VOOptimizer(
+            keras_vo.rl.ClipUp(0.1), population_size=12, seed=5
+        )
+    rollouts = keras_vo.rl.Rollouts("CartPole-v1", policy)
+    for _ in range(3):
+        rollouts.step(optimizer)
+    return [v.numpy() for v in policy.weights], rollouts.interactions
+
+
 def main(options):
     worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     if options["strategy"] == "keras_vo":
@@ -145,4 +169,6 @@ def main(options):
     if options["told"]:
         results["told"], evaluated = told(strategy)
         assert evaluated < 3 * 11
+        played, results["interactions"] = play(strategy)
+        results |= {f"played{i}": w for i, w in enumerate(played)}
     np.savez(options["result"].format(worker), **results)

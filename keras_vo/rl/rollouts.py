@@ -29,13 +29,16 @@ class Rollouts:
     >>> policy = keras.Sequential([
     ...     keras.Input((4,)),
     ...     keras_vo.rl.ObservationNormalization(),
-    ...     keras.layers.Dense(2),
+    ...     keras.layers.Dense(2, kernel_initializer="zeros"),
     ... ])
     >>> optimizer = keras_vo.VOOptimizer(keras_vo.rl.ClipUp(0.1))
     >>> rollouts = keras_vo.rl.Rollouts("CartPole-v1", policy)
     >>> while rollouts.interactions < 50_000:
     ...     report = rollouts.step(optimizer)
     >>> rollouts.evaluate(episodes=100).mean()
+
+    Begin with outputs of zero, as here: a policy that always acts alike until
+    its weights are turned round learns slowly, or not at all.
 
     All members play at the same time, with one call of the policy for all of
     them at each time step. Those whose episodes have ended are not stepped.
