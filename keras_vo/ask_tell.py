@@ -6,13 +6,14 @@ report = optimizer.tell(population, [loss_of(w) for w in population])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_vo import checks, interrupts
+from keras_vo.member_weights import Frame, Weight, fingerprint
 from keras_vo.monitor.observer import (
     kl_of,
     observed,
@@ -20,12 +21,10 @@ from keras_vo.monitor.observer import (
 )
 from keras_vo.perturbations.scope import Recording
 from keras_vo.population import (
-    Frame,
     Population,
     Seeds,
-    Weight,
     check_seeds,
-    fingerprint,
+    checked_seeds,
 )
 from keras_vo.replicas import strategies
 from keras_vo.search.credit import MEMBER, Outcomes
@@ -40,7 +39,7 @@ class AskTell(SearchSteps):
     """The steps of a search whose losses Python finds."""
 
     antithetic: bool
-    _asked: str | None = None  # fingerprint of the last population
+    _last_asked: Callable[[], Population] | None = None
     _last_report: Report | None = None
 
     @property
@@ -82,9 +81,10 @@ class AskTell(SearchSteps):
     ) -> Population:
         """The population to evaluate next, each member a list of arrays.
 
-        It is the same until `tell` has taken a step by it, and the same in
-        any process whose search is in the same state (restored from a file,
-        or told the same losses). So a population can be evaluated elsewhere
+        It is the same until `tell` has taken a step by it (also while the
+        variables hold one of its members), and the same in any process whose
+        search is in the same state (restored from a file, or told the same
+        losses). So a population can be evaluated elsewhere
         in three ways: send the weights of its members; send the population,
         pickled, which is as large as one member; or send `population.seeds`,
         a few numbers, to a process that has the search.
@@ -112,10 +112,10 @@ class AskTell(SearchSteps):
         with strategies.entered(self._strategy):
             self._build_outside_of_replicas(variables)
             self._check_same(variables)
-            population = self._population()
+            population = self._asked_again() or self._population()
         if seeds is not None:
-            check_seeds(Seeds(*seeds), population.seeds)
-        self._asked = population.seeds.fingerprint
+            check_seeds(checked_seeds(seeds), population.seeds)
+        self._last_asked = lambda: population  # no list: Keras would track it
         return population
 
     def tell(
@@ -164,7 +164,10 @@ class AskTell(SearchSteps):
         results = -results if maximize else results
         with strategies.entered(self._strategy):
             self._check_population(population)
-            self._check_any(results[list(population.own)])
+            if strategies.worker_count(self._strategy) == 1:
+                self._check_any(results)
+            else:  # which exchange numbers of one dtype
+                results = results.astype(np.float64)
             with interrupts.deferred():
                 self._start_at(population)
                 found = strategies.on_each_replica(
@@ -175,6 +178,24 @@ class AskTell(SearchSteps):
         if report.evaluations == 0:  # of all workers
             self._check_any(report.losses)
         return report
+
+    def _asked_again(self) -> Population | None:
+        """The last population, if the variables hold one of its members, as
+        where an objective assigns them.
+        """
+        if self._last_asked is None:
+            return None
+        last = self._last_asked()
+        now = int(_now(self._seed)), int(_now(self.generations))
+        if last.seeds[:2] != now or not self._is_assigned(last):
+            return None
+        values = list(map(_now, self._trained()))
+        return last if last.holds(values) else None
+
+    def _is_assigned(self, population: Population) -> bool:
+        """Whether the variables hold something else than the mean."""
+        values = map(_now, self._trained())
+        return not all(map(np.array_equal, values, population.rounded_means))
 
     def _population(self) -> Population:
         """That of this generation."""
@@ -251,33 +272,36 @@ class AskTell(SearchSteps):
         """Sets the variables back to the mean, if a member was evaluated by
         assigning them.
         """
-        variables = self._trained()
-        values = list(map(_now, variables))
-        means = [
-            tf.cast(mean, value.dtype)
-            for mean, value in zip(population.means, values, strict=True)
-        ]
-        if all(map(np.array_equal, values, means)):
+        if not self._is_assigned(population):
             return
-        if not population.holds(values):
+        if not population.holds(list(map(_now, self._trained()))):
             raise ValueError(
                 "Expected variables that hold the mean of the population, or "
                 "the weights of one of its members. Received: others, that "
                 "were set since `ask`. To tell its losses, set them back to "
                 "`population.means`; to go on from the new weights, ask again"
             )
-        for variable, mean in zip(variables, means, strict=True):
-            self.assign(variable, mean)
+        self._set_back(population)
+
+    def _set_back(self, population: Population) -> None:
+        """Sets the variables to the mean, whatever they hold."""
+        with strategies.entered(self._strategy):
+            for variable, mean in zip(
+                self._trained(), population.rounded_means, strict=True
+            ):
+                self.assign(variable, mean)
 
     def _check_population(self, population: Population) -> None:
-        if population.seeds.fingerprint == self._asked:
-            seeds = population.seeds._replace(
-                generation=int(_now(self.generations)),
-                base_seed=int(_now(self._seed)),
-            )
-        else:  # of another process
-            seeds = self._population().seeds
-        check_seeds(population.seeds, seeds)
+        """Whether it is that of the search as it is now.
+
+        What the variables hold may have changed meanwhile, if it was asked
+        for here: see `_start_at`.
+        """
+        here = self._population()
+        asked = self._last_asked and self._last_asked()
+        if asked and asked.seeds == population.seeds:
+            here = here.around(population)
+        check_seeds(population.seeds, here.seeds)
 
     @staticmethod
     def _check_any(results: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from keras_vo import checks
 from keras_vo.ask_tell import AskTell
 from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import executor as executor_lib
+from keras_vo.population import Population
 from keras_vo.replicas import strategies
 from keras_vo.search_steps import Objective
 
@@ -149,10 +150,22 @@ class Minimize(AskTell):
         """A step whose members an executor evaluates."""
         self._check_outside("minimize(executor=...)")
         population = self.ask(variables)
-        found = executor_lib.evaluate(
-            objective, population, population.own, executor, terms, maximize
-        )
-        if found.failures and not found.losses:
+        try:
+            found = executor_lib.evaluate(
+                objective,
+                population,
+                population.own,
+                executor,
+                terms,
+                maximize,
+            )
+            self._check_not_assigned(executor, population)
+        except BaseException:  # Ctrl-C, too
+            self._set_back(population)
+            raise
+        others = strategies.worker_count(self._strategy) - 1
+        if found.failures and not found.losses and not others:
+            self._set_back(population)
             raise RuntimeError(
                 "All evaluations of the objective have failed (generation "
                 f"{population.generation}): {found.summary()}"
@@ -166,6 +179,20 @@ class Minimize(AskTell):
             )
         report = self.tell(population, found.losses)
         return tf.constant(report.mean_loss, report.losses.dtype)
+
+    def _check_not_assigned(
+        self, executor: futures.Executor, population: Population
+    ) -> None:
+        """Raises if threads have assigned the variables, which they share."""
+        alone = getattr(executor, "_max_workers", None) == 1
+        if not alone and self._is_assigned(population):
+            raise RuntimeError(
+                "Expected an objective that leaves the variables alone where "
+                "members are evaluated at the same time in this process: each "
+                "would see the weights of another. Received: one that assigns "
+                "them. Let it have a model of its own in each thread: "
+                "`keras_vo.RemoteObjective`"
+            )
 
 
 def _negated(objective: Objective) -> Objective:

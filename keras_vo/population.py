@@ -7,35 +7,22 @@ pickled, and has the same members in any process.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_vo import checks
-from keras_vo.perturbations.base import Space
-from keras_vo.perturbations.choice import Choice
-from keras_vo.perturbations.scope import Recording
-from keras_vo.perturbations.together import Perturbations
-from keras_vo.search import noise as noise_lib
-from keras_vo.search.chunks import Noise
-from keras_vo.search.credit import MEMBER
-from keras_vo.search.gaussian import Gaussian
-from keras_vo.search.layout import WeightLayout
+from keras_vo.member_weights import (
+    Frame,
+    Weight,
+    fingerprint,
+    identity,
+    maker,
+)
 
-__all__ = [
-    "Frame",
-    "Population",
-    "Seeds",
-    "Weight",
-    "check_seeds",
-    "fingerprint",
-]
+__all__ = ["Population", "Seeds", "check_seeds", "checked_seeds"]
 
 # Members' weights that are made at once.
 _CHUNK_BYTES = 2**25
@@ -59,91 +46,6 @@ class Seeds(NamedTuple):
     size: int
     antithetic: bool
     fingerprint: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """What stands for a variable where there is none.
-
-    Attributes:
-        name: the variable's.
-        shape: its shape.
-        dtype: the name of its dtype.
-        constraint: its constraint, or `None`.
-        handle: there is none.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    constraint: Any = None
-    handle: None = None
-
-    @classmethod
-    def of(cls, variable: Any) -> Weight:
-        """What stands for `variable`."""
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        constraint = getattr(variable, "constraint", None)
-        name = checks.variable_name(variable)
-        return cls(name, tuple(variable.shape), dtype, constraint)
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """What all populations of a search have in common.
-
-    Attributes:
-        weights: what stands for the variables.
-        layout: of them.
-        choice: how they are perturbed.
-    """
-
-    weights: tuple[Weight, ...]
-    layout: WeightLayout
-    choice: Choice
-
-    def perturbations(
-        self, means: Sequence[tf.Tensor], log_variance: tf.Tensor
-    ) -> Perturbations:
-        """How they are perturbed around these means."""
-        space = Space(
-            Gaussian(self.layout, list(means), log_variance),
-            {id(weight): i for i, weight in enumerate(self.weights)},
-            adapts=False,
-        )
-        recording = Recording(self.weights, self.choice, means)
-        return Perturbations(recording, space)
-
-
-@functools.lru_cache(maxsize=8)
-def _maker(frame: Frame) -> Any:
-    """From a search distribution, seeds, and indices and signs of members to
-    their weights, [n, ...] each.
-    """
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def make(
-        means: list[tf.Tensor],
-        log_variance: tf.Tensor,
-        base_seed: tf.Tensor,
-        generation: tf.Tensor,
-        directions: tf.Tensor,
-        signs: tf.Tensor,
-    ) -> list[tf.Tensor]:
-        kinds = frame.perturbations(means, log_variance).at(MEMBER)
-        drawn = noise_lib.draw_noise(
-            base_seed,
-            tf.fill(tf.shape(directions), generation),
-            directions,
-            (kinds.noise_size,),
-            frame.layout.dtype,
-        )
-        # Not as an objective of `member`: its scope is for losses.
-        return tf.vectorized_map(
-            lambda row: kinds.weights(Noise(row[0]), row[1]), (drawn, signs)
-        )
-
-    return make
 
 
 class Population(Sequence[list[np.ndarray]]):
@@ -199,7 +101,29 @@ class Population(Sequence[list[np.ndarray]]):
         """Bytes of the weights of one member, at least in its search."""
         return self._frame.layout.size * self._frame.layout.dtype.size
 
+    @property
+    def rounded_means(self) -> list[np.ndarray]:
+        """`means` in the dtypes of the variables, as these hold them."""
+        return [
+            np.asarray(tf.cast(mean, weight.dtype).numpy())
+            for mean, weight in zip(self._means, self.weights, strict=True)
+        ]
+
+    def around(self, other: Population) -> Population:
+        """This population around the means of another one."""
+        frame, beta = self._frame, self._log_variance
+        mark = fingerprint(frame, other.means, beta)
+        seeds = self.seeds._replace(fingerprint=mark)
+        return Population(frame, other.means, beta, seeds, self.own)
+
     def __getstate__(self) -> dict[str, Any]:
+        for weight in self.weights:
+            if isinstance(identity(weight), int):
+                raise TypeError(
+                    "Expected constraints that can be pickled, as the "
+                    "population is: functions and classes of a module. "
+                    f"Received: {weight.constraint!r} of {weight.name!r}"
+                )
         return {**self.__dict__, "_kept": None}
 
     def __len__(self) -> int:
@@ -215,12 +139,12 @@ class Population(Sequence[list[np.ndarray]]):
         """The weights of one member; of a slice, a list of members."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return [array[0] for array in self.stacked([index])]
+        return [array[0, ...] for array in self.stacked([index])]
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         for arrays in self.chunks():
             for row in range(len(arrays[0])):
-                yield [array[row] for array in arrays]
+                yield [array[row, ...] for array in arrays]
 
     def chunks(self, size: int | None = None) -> Iterator[list[np.ndarray]]:
         """The members in order, `size` at a time: lists of arrays [n, ...].
@@ -248,7 +172,7 @@ class Population(Sequence[list[np.ndarray]]):
         directions = len(self) // (2 if self.seeds.antithetic else 1)
         signs = np.where(indices < directions, 1.0, -1.0)
         return list(
-            _maker(self._frame)(
+            maker(self._frame)(
                 [tf.convert_to_tensor(mean) for mean in self._means],
                 tf.convert_to_tensor(self._log_variance),
                 tf.constant(self.seeds.base_seed, tf.int64),
@@ -293,16 +217,15 @@ def _equal(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
     return all(map(np.array_equal, a, b))
 
 
-def fingerprint(
-    frame: Frame, means: Sequence[np.ndarray], log_variance: np.ndarray
-) -> str:
-    """Of a search distribution: others have another one."""
-    digest = hashlib.blake2b(digest_size=8)
-    shapes = [(weight.shape, weight.dtype) for weight in frame.weights]
-    digest.update(repr((shapes, frame.layout.groups, frame.choice)).encode())
-    for array in (*means, log_variance):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def checked_seeds(seeds: Any) -> Seeds:
+    """Seeds as they come from elsewhere, a list of JSON, say."""
+    try:
+        return Seeds(*seeds)
+    except TypeError as error:
+        raise TypeError(
+            "Expected the `seeds` of a population: "
+            f"{', '.join(Seeds._fields)}. Received: {seeds!r:.80}"
+        ) from error
 
 
 def check_seeds(seeds: Seeds, here: Seeds) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ import keras
 import tensorflow as tf
 
 from keras_vo.evaluation.vectorized import quiet_tensorflow
-from keras_vo.population import Population, Weight
+from keras_vo.member_weights import Weight
+from keras_vo.population import Population
 
 __all__ = ["function_of", "population_call"]
 
@@ -107,7 +109,7 @@ def _traceable(model: Any, shared_inputs: bool) -> Callable[..., Any]:
             tf.convert_to_tensor(v) for v in network.non_trainable_variables
         ]
         outputs, _ = network.stateless_call(
-            list(weights), states, inputs, training=False
+            list(weights), states, inputs, **_inference(network)
         )
         return outputs
 
@@ -132,6 +134,12 @@ def _check_variables(model: Any, population: Population) -> None:
             f"{[(w.name, w.shape) for w in here]}. Received: one of "
             f"{[(w.name, w.shape) for w in asked]}"
         )
+
+
+def _inference(model: Any) -> dict[str, bool]:
+    """What a model is called with, if its `call` takes it."""
+    takes = "training" in inspect.signature(model.call).parameters
+    return {"training": False} if takes else {}
 
 
 def _kind(weight: Weight) -> tuple[Any, ...]:

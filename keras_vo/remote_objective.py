@@ -12,6 +12,7 @@ import numpy as np
 __all__ = ["RemoteObjective"]
 
 _built = threading.local()
+_MOST = 4  # of a thread, the last ones: models need memory
 
 
 class RemoteObjective:
@@ -64,5 +65,7 @@ class RemoteObjective:
                     f"`{self._make!r}`. Received: {objective!r:.80} of type "
                     f"{type(objective)}"
                 )
+            while len(objectives) >= _MOST:
+                del objectives[next(iter(objectives))]
             objectives[self._key] = objective
         return objectives[self._key](weights)

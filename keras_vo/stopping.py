@@ -58,7 +58,7 @@ class StopWhen:
         no_progress_for: int | None,
         evaluations: int | None,
     ) -> None:
-        if loss_below is None and no_progress_for is None and not evaluations:
+        if (loss_below, no_progress_for, evaluations) == (None, None, None):
             raise ValueError(
                 "Expected one criterion at least: loss_below, no_progress_for "
                 "or evaluations. Received: none"
@@ -117,8 +117,9 @@ class StopWhen:
     def _met(self) -> str | None:
         if self._loss_below is not None and self._least < self._loss_below:
             return f"loss {self._least:.6g} below {self._loss_below:g}"
-        if self._steps_without == self._no_progress_for:
-            return f"no progress for {self._no_progress_for} steps"
+        patience = self._no_progress_for
+        if patience is not None and self._steps_without >= patience:
+            return f"no progress for {self._steps_without} steps"
         if self._most is not None and self.evaluations >= self._most:
             return f"{self.evaluations} evaluations"
         return None

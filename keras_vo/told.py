@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class Report:
         mean_loss: the mean of the finite ones, an estimate of the upper bound
             U.
         best_loss: the least of them.
-        best_member: its index.
+        best_member: its index; `None`: no loss is finite.
         evaluations: number of members with a result.
         missing: number of those without.
         nonfinite: number of results that are not finite.
@@ -60,7 +60,7 @@ class Report:
     losses: np.ndarray
     mean_loss: float
     best_loss: float
-    best_member: int
+    best_member: int | None
     evaluations: int
     missing: int
     nonfinite: int
@@ -82,7 +82,7 @@ class Report:
             losses,
             float(losses[finite].mean()) if finite.any() else np.nan,
             float(losses[best]) if finite.any() else np.nan,
-            best,
+            best if finite.any() else None,
             len(losses) - missing,
             missing,
             int(np.isinf(losses).sum()),
@@ -107,11 +107,11 @@ def checked_results(losses: Any, size: int) -> np.ndarray:
         ValueError: they do not fit the population, or a member is there twice.
         TypeError: one is no number.
     """
-    if isinstance(losses, Mapping):
+    if isinstance(losses, Mapping) or hasattr(losses, "items"):  # a Series
         return _placed(list(losses.items()), size)
     if not isinstance(losses, (list, tuple)):
         losses = _listed(losses, size)
-    if isinstance(losses, np.ndarray) and losses.dtype != object:
+    if isinstance(losses, np.ndarray):
         return _checked_array(losses, size)
     if losses and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in losses
@@ -124,10 +124,14 @@ def checked_results(losses: Any, size: int) -> np.ndarray:
 
 def _listed(losses: Any, size: int) -> Any:
     """An array, or a list of what `losses` yields."""
-    if isinstance(losses, (str, bytes)) or losses is None:
+    if isinstance(losses, (str, bytes, Set)) or losses is None:
         raise _unfit(size, repr(losses))
+    if np.ma.isMaskedArray(losses):
+        wide = np.result_type(losses.dtype, np.float32)
+        return np.ma.filled(losses.astype(wide), np.nan)
     if hasattr(losses, "__array__"):
-        return np.asarray(losses)
+        array = np.asarray(losses)
+        return array.tolist() if array.dtype == object else array
     if isinstance(losses, Iterable):
         return list(losses)
     raise _unfit(size, repr(losses))
@@ -148,7 +152,9 @@ def _placed(pairs: Sequence[Any], size: int) -> np.ndarray:
     """The losses of (index, loss) pairs, at their places."""
     values: dict[int, np.ndarray] = {}
     for index, loss in pairs:
-        if not isinstance(index, numbers.Integral) or index not in range(size):
+        whole = isinstance(index, numbers.Integral)
+        whole = whole and not isinstance(index, bool)
+        if not whole or index not in range(size):
             raise _unfit(size, f"a loss of member {index!r}")
         if int(index) in values:
             raise _unfit(size, f"two losses of member {index}")
@@ -162,17 +168,25 @@ def _placed(pairs: Sequence[Any], size: int) -> np.ndarray:
 
 def _number(loss: Any, index: int, size: int) -> np.ndarray:
     """One loss as a scalar array; NaN if it is `None`, in no wider dtype."""
-    if loss is None:
+    if loss is None or type(loss).__name__ == "NAType":  # pandas.NA
         return np.array(np.nan, np.float32)
+    if isinstance(loss, (str, bytes)):
+        raise _no_number(loss, index, size)
     try:
-        value = np.asarray(loss)
+        value = np.asarray(loss.numpy() if tf.is_tensor(loss) else loss)
+        if value.dtype.name == "bfloat16":
+            value = value.astype(np.float32)
         if value.size != 1 or value.dtype.kind not in "biuf":
             value = np.asarray(float(loss))
     except (OverflowError, TypeError, ValueError) as error:
-        raise TypeError(
-            _message(size, f"{loss!r:.80} as the loss of member {index}")
-        ) from error
+        raise _no_number(loss, index, size) from error
     return _checked_array(value.reshape(1), 1)[0]
+
+
+def _no_number(loss: Any, index: int, size: int) -> TypeError:
+    return TypeError(
+        _message(size, f"{loss!r:.80} as the loss of member {index}")
+    )
 
 
 def _message(size: int, received: str) -> str:

@@ -46,9 +46,14 @@ def hangs(weights):
     return plain(weights)
 
 
+def deaf(weights):
+    """Of those that are chosen, some two."""
+    return chosen(weights) and int(abs(weights[0].flat[1]) * 1e6) % 3 == 0
+
+
 def hangs_deaf(weights):
     """No signal wakes it."""
-    if chosen(weights) and float(weights[0].flat[1]) > 0:
+    if deaf(weights):
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         time.sleep(600 * LIMIT)
     return plain(weights)

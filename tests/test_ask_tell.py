@@ -248,6 +248,9 @@ LOSSES = [4.0, 1.0, 3.0, 0.5, 2.0, 8.0, 0.25, 6.0]
         (loss for loss in LOSSES),
         [tf.constant(loss, tf.float64) for loss in LOSSES],
         [np.array([loss]) for loss in LOSSES],
+        np.array(LOSSES, object),
+        np.ma.masked_array(LOSSES, mask=[False] * 8),
+        [tf.constant(loss, tf.bfloat16) for loss in LOSSES],
     ],
 )
 def test_losses_in_any_form(told):
@@ -258,6 +261,40 @@ def test_losses_in_any_form(told):
         np.testing.assert_array_equal(report.losses, LOSSES)
         ends.append(state(variables, optimizer))
     models.assert_same_state(*ends)
+
+
+class Series:
+    """What pandas has: an array that has an index."""
+
+    def __init__(self, values, index):
+        self.values, self.index = values, index
+
+    def items(self):
+        return zip(self.index, self.values, strict=True)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        np.array([None if n == 2 else loss for n, loss in enumerate(LOSSES)]),
+        np.ma.masked_array(
+            [-9.0 if n == 2 else loss for n, loss in enumerate(LOSSES)],
+            mask=np.arange(8) == 2,
+        ),
+        Series(
+            [loss for n, loss in enumerate(LOSSES) if n != 2][::-1],
+            [7, 6, 5, 4, 3, 1, 0],
+        ),
+    ],
+)
+def test_missing_in_any_form(told):
+    optimizer = models.make_optimizer()
+    report = optimizer.tell(optimizer.ask(make_variables()), told)
+    expected = [NAN if n == 2 else loss for n, loss in enumerate(LOSSES)]
+    np.testing.assert_array_equal(report.losses, expected)
 
 
 def test_scores():
@@ -385,6 +422,7 @@ def test_nothing_to_compare_is_no_step(losses):
     before = state(variables, optimizer)
     report = optimizer.tell(optimizer.ask(variables), losses)
     assert not report.updated
+    assert (report.best_member is None) == (losses != {3: 1.0})
     assert report.kl == 0
     assert np.isnan(report.gradient_snr)
     assert int(optimizer.generations) == 1
@@ -405,6 +443,9 @@ WRONG = {
     "a number": (3.0, ValueError, "Received: 3.0"),
     "nothing": (None, ValueError, "Received: None"),
     "a string": ("12345678", ValueError, "Received: '12345678'"),
+    "strings": (["1.5"] * 8, TypeError, "'1.5' as the loss of member 0"),
+    "a set": (set(LOSSES), ValueError, "Received: {"),
+    "a truth": ({True: 1.0}, ValueError, "a loss of member True"),
     "a vector": ([[1, 2, 3]] * 8, TypeError, "as the loss of member 0"),
     "none": ([None] * 8, ValueError, "one member at least"),
     "empty": ({}, ValueError, "one member at least"),
@@ -434,6 +475,8 @@ def test_wrong_populations():
     optimizer.tell(population, LOSSES)
     with pytest.raises(ValueError, match="generation 0, which was told"):
         optimizer.tell(population, LOSSES)
+    with pytest.raises(TypeError, match="base_seed, gen.*Received: 5"):
+        optimizer.ask(variables, 5)
     later = optimizer.ask(variables)
     with pytest.raises(ValueError, match=r"one of generation 1: restore"):
         start = make_variables()
@@ -456,6 +499,67 @@ def test_wrong_populations():
         with pytest.raises(ValueError, match="one of another, or of other we"):
             other.ask(start, population.seeds)
         assert int(other.generations) == 0
+
+
+def test_another_sigma_than_that_of_the_members():
+    variables, optimizer = make_variables(), models.make_optimizer()
+    population = optimizer.ask(variables)
+    (beta,) = (v for v in optimizer.variables if v.name == "log_variance")
+    beta.assign(beta + 0.1)
+    with pytest.raises(ValueError, match="of another, or of other weights"):
+        optimizer.tell(population, LOSSES)
+
+
+def test_asked_while_a_member_is_assigned():
+    """The same population: the variables hold no new mean."""
+    variables, optimizer = make_variables(), models.make_optimizer()
+    population = optimizer.ask(variables)
+    for variable, w in zip(variables, population[3], strict=True):
+        variable.assign(w)
+    again = optimizer.ask(variables)
+    models.assert_same_state(again[5], population[5])
+    variables[0].assign_add(tf.ones([4, 3]))  # a new mean
+    other = optimizer.ask(variables)
+    assert np.any(other[5][0] != population[5][0])
+    assert optimizer.tell(other, LOSSES).updated
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_variables_without_axes(dtype):
+    ends = []
+    for step in (minimize, ask_tell):
+        variables = [tf.Variable(2.0, dtype=dtype)]
+        optimizer = models.make_optimizer()
+        for _ in range(3):
+            step(optimizer, variables)
+        ends.append(state(variables, optimizer))
+        assert type(optimizer.ask(variables)[0][0]) is np.ndarray
+        for member in optimizer.ask(variables):
+            assert type(member[0]) is np.ndarray
+    models.assert_same_state(*ends)
+
+
+class Unhashable(keras.constraints.Constraint):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+    def __call__(self, w):
+        return tf.abs(w)
+
+
+def test_constraints_of_all_kinds():
+    w = keras.Variable(np.full(3, 0.1, "float32"))
+    optimizer = models.make_optimizer()
+    w.constraint = Unhashable()
+    population = pickle.loads(pickle.dumps(optimizer.ask([w])))
+    assert min(member[0].min() for member in population) > 0
+    w.constraint = lambda w: -tf.abs(w)
+    population = optimizer.ask([w])
+    assert max(member[0].max() for member in population) < 0
+    with pytest.raises(TypeError, match="can be pickled.*lambda.* of 'var"):
+        pickle.dumps(population)
 
 
 def test_variables_that_were_set_meanwhile():

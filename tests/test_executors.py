@@ -11,9 +11,11 @@ import models
 import numpy as np
 import objectives
 import pytest
+import slow_objective
 import tensorflow as tf
 
 import keras_vo
+from keras_vo import remote_objective
 from keras_vo.evaluation import executor as executor_lib
 from keras_vo.evaluation.pools import Pool
 
@@ -153,9 +155,7 @@ def test_a_late_result_is_none(monkeypatch):
     """Where nothing could interrupt it, and no one looked meanwhile."""
     monkeypatch.delattr(signal, "setitimer")
     with pytest.raises(TimeoutError, match="no result within 0.01 s"):
-        executor_lib._limited(
-            lambda w: threading.Event().wait(0.05), None, 0.01
-        )
+        executor_lib._limited(threading.Event().wait, 0.01, 0.05)
 
 
 @pytest.mark.parametrize("retries, missing", [(0, True), (1, True), (2, False)])
@@ -269,16 +269,136 @@ def test_processes():
 
 @pytest.mark.slow
 def test_processes_that_no_signal_wakes(monkeypatch):
-    """They are killed, and the pool goes on."""
-    monkeypatch.setattr(executor_lib, "_GRACE", 0.5)
-    monkeypatch.setattr(executor_lib, "_START", 30.0)
+    """They are killed, and no one's result is lost but theirs."""
+    monkeypatch.setattr(executor_lib, "_GRACE", 2.0)
     with processes() as pool:
-        search(pool, objectives.plain, timeout=5.0)
         with pytest.warns(UserWarning, match="by TimeoutError"):
-            _, optimizer = search(pool, objectives.hangs_deaf, timeout=0.5)
-        assert 0 < optimizer.report.missing < 5
+            _, optimizer = search(pool, objectives.hangs_deaf, timeout=1.0)
+        start = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+        population = models.make_optimizer(population_size=32).ask(
+            [tf.Variable(start)]
+        )
+        deaf = [objectives.deaf(weights) for weights in population]
+        assert np.flatnonzero(deaf)[0] < 28  # others come after it
+        np.testing.assert_array_equal(np.isnan(optimizer.report.losses), deaf)
         got, _ = search(pool, objectives.plain)
     models.assert_same_state(got, search(None, objectives.plain)[0])
+
+
+@pytest.mark.slow
+def test_processes_that_begin_slowly(monkeypatch):
+    """What a new worker imports is no member's time."""
+    monkeypatch.setattr(executor_lib, "_GRACE", 0.5)
+    with processes() as pool:
+        with pytest.warns(UserWarning, match=r"\d by BrokenProcessPool"):
+            got, _ = search(pool, slow_objective.crashes, timeout=0.5)
+    models.assert_same_state(got, told(objectives.plain))
+
+
+@pytest.mark.slow
+def test_a_pool_that_was_replaced_ends_with_the_first():
+    with processes(1) as pool:
+        with pytest.warns(UserWarning, match="by BrokenProcessPool"):
+            search(pool, objectives.crashes)
+        children = set(multiprocessing.active_children())
+        assert children
+    assert not children & set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        search(pool, objectives.plain)
+
+
+def broken_start():
+    raise ArithmeticError("no worker can begin")
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_begin():
+    """All is missing at once, not one after another."""
+    with futures.ProcessPoolExecutor(2, FORKED, broken_start) as pool:
+        with pytest.raises(RuntimeError, match="32 by BrokenProcessPool"):
+            search(pool, objectives.plain)
+
+
+class Interrupting(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (Interrupting(), "Interrupting"),
+        (GeneratorExit(), "GeneratorExit"),
+        (StopIteration(), "StopIteration"),
+    ],
+)
+def test_whatever_is_raised_is_missing(error, kind):
+    def objective(weights):
+        if objectives.chosen(weights):
+            raise error
+        return objectives.plain(weights)
+
+    with futures.ThreadPoolExecutor(2) as threads:
+        with pytest.warns(UserWarning, match=rf"\d by {kind}"):
+            got, _ = search(threads, objective)
+    models.assert_same_state(got, told(objectives.plain))
+
+
+def test_what_others_cancel_is_submitted_again():
+    """As by another search that makes a new pool of the same executor."""
+
+    class Cancels(Now):
+        cancelled = 0
+
+        def submit(self, function, /, *args, **kwargs):
+            if self.cancelled < 5:
+                self.cancelled += 1
+                future = futures.Future()
+                future.cancel()
+                future.set_running_or_notify_cancel()
+                return future
+            return super().submit(function, *args, **kwargs)
+
+    got, _ = search(Cancels(), objectives.plain)
+    models.assert_same_state(got, search(None, objectives.plain)[0])
+
+
+def test_objectives_that_assign_the_variables():
+    """One at a time they may; at the same time they would see each other's."""
+    variables = [tf.Variable(tf.zeros([3]))]
+
+    def assigning(weights):
+        variables[0].assign(weights[0])
+        return objectives.plain([variables[0].numpy()])
+
+    def fails(weights):
+        variables[0].assign(weights[0])
+        raise ArithmeticError
+
+    def interrupts(weights):
+        variables[0].assign(weights[0])
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(0.05)
+        return 0.0
+
+    optimizer = models.make_optimizer()
+    for objective, error in (
+        (fails, RuntimeError),
+        (interrupts, KeyboardInterrupt),
+    ):
+        with futures.ThreadPoolExecutor(1) as threads:
+            with pytest.raises(error):
+                optimizer.minimize(objective, variables, executor=threads)
+        np.testing.assert_array_equal(variables[0], np.zeros(3))
+    with futures.ThreadPoolExecutor(2) as threads:
+        with pytest.raises(RuntimeError, match="leaves the variables alone"):
+            optimizer.minimize(assigning, variables, executor=threads)
+    np.testing.assert_array_equal(variables[0], np.zeros(3))
+    assert int(optimizer.generations) == 0
+    with futures.ThreadPoolExecutor(1) as threads:
+        optimizer.minimize(assigning, variables, executor=threads)
+    other, expected = [tf.Variable(tf.zeros([3]))], models.make_optimizer()
+    expected.minimize(objectives.plain, other)
+    np.testing.assert_array_equal(variables[0], other[0])
 
 
 def test_a_pool_that_cannot_be_replaced():
@@ -362,4 +482,9 @@ def test_remote_objectives():
         got, _ = search(threads, remote, steps=3)
         assert len(count) == len(set(count)) <= 2
         assert threads.submit(other, [np.zeros(2)]).result() == 5
+    with futures.ThreadPoolExecutor(1) as thread:
+        for _ in range(10):
+            thread.submit(keras_vo.RemoteObjective(make, 1), [1.0]).result()
+        kept = thread.submit(lambda: len(remote_objective._built.__dict__))
+        assert kept.result() <= 4
     models.assert_same_state(got, search(None, objectives.plain, steps=3)[0])

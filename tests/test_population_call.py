@@ -55,9 +55,26 @@ def unbuilt():
     return keras.Sequential([keras.layers.Dense(3)])
 
 
+class Plain(keras.Model):
+    """Its `call` does not take `training`."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def subclass():
+    model = Plain()
+    model(np.zeros([1, 4]))
+    return model
+
+
 NETWORKS = {
     make.__name__: make
-    for make in (dense, convolutions, recurrent, attention, unbuilt)
+    for make in (dense, convolutions, recurrent, attention, unbuilt, subclass)
 }
 SHAPES = {"convolutions": (6, 6, 1), "recurrent": (6, 3), "attention": (6, 4)}
 

@@ -44,6 +44,8 @@ def test_no_progress():
     assert stops_after(stop, told) == 7
     assert stop.reason == "no progress for 3 steps"
     assert stops_after(keras_vo.stop_when(no_progress_for=4), told) is None
+    assert stop(told[-1])  # it goes on saying so
+    assert stop.reason == "no progress for 4 steps"
 
 
 def test_evaluations():

@@ -102,7 +102,15 @@ def told(strategy=None):
         assert optimizer.tell(population, losses).evaluations == 11
     with futures.ThreadPoolExecutor(2) as threads:
         optimizer.minimize(square_distance, [variable], executor=threads)
-    return variable.numpy(), evaluated
+    result = variable.numpy()
+    if strategy:  # one worker has no result at all
+        population = optimizer.ask([variable])
+        first = 0 in population.own
+        losses = {i: square_distance(population[i]) for i in population.own}
+        report = optimizer.tell(population, losses if first else {})
+        assert report.updated
+        assert 0 < report.evaluations < 12
+    return result, evaluated
 
 
 def play(strategy=None):

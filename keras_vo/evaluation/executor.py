@@ -10,7 +10,7 @@ import collections
 import concurrent.futures as futures
 import contextlib
 import dataclasses
-import math
+import functools
 import signal
 import threading
 import time
@@ -25,10 +25,13 @@ from keras_vo.evaluation.pools import Pool
 
 __all__ = ["Evaluations", "Terms", "evaluate"]
 
-# Seconds on top of the time limit, after which a worker is taken for lost;
-# the first results may have to wait for workers that import libraries.
+# Seconds on top of the time limit, after which workers are taken for lost;
+# and those for new ones, that import libraries.
 _GRACE, _START = 5.0, 120.0
 _POLL = 0.05
+# Of executors whose number of workers is not known: weights that are under
+# way at once, and members at least.
+_MOST_BYTES, _LEAST_AT_ONCE = 2**28, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,8 @@ def evaluate(
     run.sign = -1 if maximize else 1
     run.queue.extend(members)
     try:
+        if terms.timeout is not None:
+            run.start_worker()
         while run.queue or run.suspects or run.pending:
             run.submit()
             run.collect()
@@ -129,8 +134,11 @@ class _Run:
         terms: Terms,
         count: int,
     ) -> None:
-        self._objective, self._population = objective, population
+        self._population = population
         self._pool, self._terms = pool, terms
+        self._task: Callable[..., Any] = objective
+        if terms.timeout is not None:
+            self._task = functools.partial(_limited, objective, terms.timeout)
         self.queue: collections.deque[int] = collections.deque()
         self.suspects: collections.deque[int] = collections.deque()
         self.pending: dict[futures.Future[Any], int] = {}
@@ -139,14 +147,36 @@ class _Run:
         self._tries: collections.Counter[int] = collections.Counter()
         self._running_since: dict[int, float] = {}
         self._last_sign_of_life = time.monotonic()
+        bytes_each = max(getattr(population, "bytes_each", 1), 1)
+        self._most = max(_MOST_BYTES // bytes_each, _LEAST_AT_ONCE)
         self._bar = None
         if terms.progress:
             self._bar = keras.utils.Progbar(count, unit_name="member")
 
+    def start_worker(self) -> None:
+        """Waits until a process of a pool has imported what it needs.
+
+        Else that time would be taken for that of a member. If none can be
+        started, all that is left fails.
+        """
+        if not self._pool.is_processes:
+            return
+        try:
+            self._pool.submit(callable, self._task).result(_START)
+        except (futures.BrokenExecutor, TimeoutError) as error:
+            for member in (*self.suspects, *self.queue):
+                self._tries[member] = self._terms.retries
+                self._fail(member, error)
+            self.suspects.clear()
+            self.queue.clear()
+        except Exception:  # it can't be pickled, as each member will say
+            pass
+        self._last_sign_of_life = time.monotonic()
+
     def submit(self) -> None:
         """As many members as may be under way at once."""
         workers = self._pool.workers
-        most = math.inf if workers is None else 2 * workers + 1
+        most = 2 * workers + 1 if workers else self._most
         if self.suspects:
             if not self.pending:
                 self._submit(self.suspects.popleft())
@@ -155,12 +185,8 @@ class _Run:
             self._submit(self.queue.popleft())
 
     def _submit(self, member: int) -> None:
-        weights = self._population[member]
-        task: tuple[Any, ...] = (self._objective, weights)
-        if self._terms.timeout is not None:
-            task = (_limited, self._objective, weights, self._terms.timeout)
         try:
-            future = self._pool.submit(*task)
+            future = self._pool.submit(self._task, self._population[member])
         except futures.BrokenExecutor as error:
             self._fail(member, error)
             return
@@ -184,7 +210,11 @@ class _Run:
                 self._succeed(member, future.result())
             except futures.BrokenExecutor as error:
                 broken.append((member, error))
-            except (Exception, SystemExit) as error:  # not Ctrl-C
+            except futures.CancelledError:  # another search's new pool
+                self.queue.append(member)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 self._fail(member, error)
         if broken:
             self._break(broken)
@@ -227,11 +257,11 @@ class _Run:
         """Makes a new pool; says who broke the former one, if that is known."""
         self.pending.clear()
         self._pool.replace()
-        self._last_sign_of_life = time.monotonic()
         if len(lost) == 1:
             self._fail(lost[0], error)
         else:
             self.suspects.extend(lost)
+        self.start_worker()
 
     def _expire(self, timeout: float) -> None:
         """Gives those up that take too long, or that will never come."""
@@ -240,18 +270,20 @@ class _Run:
             self._expire_threads(timeout, now)
             return
         silent = now - self._last_sign_of_life
-        known = self.losses or self.failures
-        if silent <= timeout + (_GRACE if known else _START):
+        known = self._pool.is_processes or self.losses or self.failures
+        if self._pool.workers_are_renewed or not known:
+            timeout += _START
+        if silent <= timeout + _GRACE:
             return
         lost = list(self.pending.values())
         if self._pool.is_processes:
-            self._replace(lost, _too_long(timeout))
+            self._replace(lost, _too_long(self._terms.timeout))
             return
         for future in self.pending:
             future.cancel()
         self.pending.clear()
         for member in lost:
-            self._fail(member, _too_long(timeout))
+            self._fail(member, _too_long(self._terms.timeout))
 
     def _expire_threads(self, timeout: float, now: float) -> None:
         """Gives threads up, which nothing can interrupt."""
@@ -269,7 +301,7 @@ class _Run:
 
 
 def _limited(
-    objective: Callable[[Any], Any], weights: Any, timeout: float
+    objective: Callable[[Any], Any], timeout: float, weights: Any
 ) -> Any:
     """`objective(weights)` in a worker, within a time limit."""
     start = time.monotonic()
@@ -303,5 +335,5 @@ def _alarm(timeout: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def _too_long(timeout: float) -> TimeoutError:
+def _too_long(timeout: float | None) -> TimeoutError:
     return TimeoutError(f"no result within {timeout:g} s")
