@@ -4,12 +4,14 @@
     python examples/rl.py --env=Pendulum-v1 --seeds=0,1,2,3,4
 
 Linear policies (and one hidden layer where that is not enough), observations
-in units of their running statistics, ClipUp. For each seed: a search within
-the budget of time steps, and then the mean return of the mean policy over 100
-new episodes. Learning curves over time steps, frames of the last policy, and
-the policy itself are written to --out.
+in units of their running statistics, ClipUp with cosine decay; a generation
+has a twentieth of the budget of time steps at most. For each seed: a search
+within the budget, and then the mean return of the mean policy over 100 new
+episodes. Learning curves over time steps, frames of the last policy, and the
+policy itself are written to --out.
 """
 
+import math
 import os
 import pathlib
 import time
@@ -29,18 +31,26 @@ matplotlib.use("agg")
 
 FLAGS = flags.FLAGS
 
+# Generations at least.
+GENERATIONS = 20
 # The same for all environments, unless a flag or OVERRIDES says otherwise.
 DEFAULTS = {
     "budget": 500_000,
     "population_size": 32,
-    "episodes": 1,
+    "episodes": 2,
     "hidden": 0,
     "learning_rate": 0.1,
     "stddev": 0.2,
 }
 OVERRIDES = {
-    "CartPole-v1": {"budget": 50_000},
-    "Pendulum-v1": {"budget": 2_000_000, "hidden": 16},
+    "CartPole-v1": {"budget": 50_000, "episodes": 1},
+    "Pendulum-v1": {
+        "budget": 2_000_000,
+        "hidden": 16,
+        "population_size": 16,
+        "episodes": 1,
+        "learning_rate": 0.2,
+    },
     "LunarLanderContinuous-v3": {"budget": 2_000_000},
 }
 
@@ -50,7 +60,7 @@ flags.DEFINE_integer("budget", None, "Time steps of training.")
 flags.DEFINE_integer("population_size", None, "Members of a generation.")
 flags.DEFINE_integer("episodes", None, "Of each member.")
 flags.DEFINE_integer("hidden", None, "Units of a hidden layer; 0: none.")
-flags.DEFINE_float("learning_rate", None, "Of ClipUp, with cosine decay.")
+flags.DEFINE_float("learning_rate", None, "Of ClipUp at first: it decays.")
 flags.DEFINE_float("stddev", None, "First sigma.")
 flags.DEFINE_float("action_noise", 0.0, "Noise of actions in training.")
 flags.DEFINE_integer("evaluation_episodes", 100, "Of the mean policy.")
@@ -83,6 +93,11 @@ def make_policy():
     return keras.Sequential(layers)
 
 
+def decayed(part):
+    """The learning rate after a part of the budget."""
+    return setting("learning_rate") * (1 + math.cos(math.pi * part)) / 2
+
+
 def train(seed):
     """A policy, and its learning curve: (time steps, mean return) rows."""
     keras.utils.set_random_seed(seed)
@@ -100,13 +115,16 @@ def train(seed):
         FLAGS.env,
         policy,
         episodes=setting("episodes"),
+        num_interactions=max(setting("budget") // GENERATIONS, 1),
         action_noise=FLAGS.action_noise,
         seed=seed,
     )
     curve, last = [], 0
     start = time.perf_counter()
+    # One that would go beyond the budget is not begun.
     while rollouts.interactions + last <= setting("budget"):
         before = rollouts.interactions
+        optimizer.learning_rate = decayed(before / setting("budget"))
         report = rollouts.step(optimizer)
         last = rollouts.interactions - before
         curve.append((rollouts.interactions, -report.mean_loss))

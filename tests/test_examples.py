@@ -57,13 +57,14 @@ def test_digits_names_an_unknown_choice():
 def test_readme_code_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     short = [
         block.replace("=200", "=2")
         .replace("1000", "100")
         .replace("=50", "=10")
         .replace("=20)", "=3)")
         .replace("epochs=5,", "epochs=1,")
+        .replace("50_000", "2_000")
         for block in blocks
     ]
     assert all(a != b for a, b in zip(short, blocks, strict=True))
@@ -81,9 +82,10 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         + "\nassert mean_loss < 10, mean_loss"
         + "\nsearch.restore(path).assert_consumed()",
         short[3] + "\nassert stop.reason.startswith('12800 eval'), stop.reason",
-        short[4] + "\nassert model.evaluate(x, y)[1] > 0.9",
-        short[5] + "\nassert model.evaluate(x, y)[1] > 0.3",
-        short[6] + "\nassert len(monitor.history['kl']) == 100",
+        short[4] + "\nassert rollouts.interactions >= 2000",
+        short[5] + "\nassert model.evaluate(x, y)[1] > 0.9",
+        short[6] + "\nassert model.evaluate(x, y)[1] > 0.3",
+        short[7] + "\nassert len(monitor.history['kl']) == 100",
     ]
     monkeypatch.chdir(tmp_path)
     # TensorFlow's collective operations are those of one strategy a process.
