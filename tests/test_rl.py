@@ -316,8 +316,9 @@ def test_outputs_become_actions(name):
     rng = np.random.default_rng(0)
     actions = actions_of(space, 0.0)
     assert actions.shape == outputs.shape[1:]
+    np.testing.assert_array_equal(actions.choose(outputs, None), expected)
     noise = np.stack([actions.noise(rng) for _ in outputs])
-    chosen = actions.choose(outputs, noise)
+    chosen = actions.choose(outputs, noise)  # whose size is 0
     np.testing.assert_array_equal(chosen, expected)
     noisy = actions_of(space, 0.7)
     others = 0

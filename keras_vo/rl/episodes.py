@@ -71,7 +71,8 @@ class Player:
         lengths = np.zeros(seeds.size, int)
         noise = None
         if noisy and self._action_noise:
-            noise = [np.random.default_rng(s) for s in seeds.reshape(-1)]
+            # Environments draw from the stream of the seed itself.
+            noise = [np.random.default_rng([s, 1]) for s in seeds.reshape(-1)]
         policy = _Weights(self._model, weights, episodes)
         running = np.arange(seeds.size)
         tally = _Tally(observations)
@@ -91,18 +92,11 @@ class Player:
 
     def _drawn(
         self, noise: list[np.random.Generator] | None, running: np.ndarray
-    ) -> np.ndarray:
+    ) -> np.ndarray | None:
         """Noise of the actions of the episodes that go on."""
         if noise is None:
-            return self._silent[None]
+            return None
         return np.stack([self._actions.noise(noise[i]) for i in running])
-
-    @property
-    def _silent(self) -> np.ndarray:
-        """Noise that changes no action, whatever `action_noise` is."""
-        drawn = self._actions.noise(np.random.default_rng(0))
-        box = type(self.environments.first.action_space).__name__ == "Box"
-        return np.zeros_like(drawn) if box else np.ones_like(drawn)
 
 
 class _Weights:

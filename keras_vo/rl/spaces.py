@@ -15,12 +15,13 @@ class Actions(NamedTuple):
 
     Attributes:
         shape: of the outputs for one observation.
-        choose: from outputs [n, *shape] and noise [n, ...] to n actions.
+        choose: from outputs [n, *shape] and noise [n, ...], or `None`, to n
+            actions.
         noise: from a NumPy generator to the noise of one action.
     """
 
     shape: tuple[int, ...]
-    choose: Callable[[np.ndarray, np.ndarray], Any]
+    choose: Callable[[np.ndarray, np.ndarray | None], Any]
     noise: Callable[[np.random.Generator], np.ndarray]
 
 
@@ -81,9 +82,10 @@ def _box(space: Any, action_noise: float) -> Actions:
     finite = np.isfinite(space.low) & np.isfinite(space.high)
     half = np.where(finite, space.high - np.where(finite, space.low, 0), 2) / 2
 
-    def choose(outputs: np.ndarray, normal: np.ndarray) -> np.ndarray:
-        noisy = outputs + action_noise * half * normal
-        clipped = np.clip(noisy, space.low, space.high)
+    def choose(outputs: np.ndarray, normal: np.ndarray | None) -> np.ndarray:
+        if normal is not None:
+            outputs = outputs + action_noise * half * normal
+        clipped = np.clip(outputs, space.low, space.high)
         return np.asarray(clipped.astype(space.dtype))
 
     shape = tuple(space.shape)
@@ -95,11 +97,12 @@ def _largest(
 ) -> Actions:
     ends = np.cumsum(sizes)
 
-    def choose(outputs: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    def choose(outputs: np.ndarray, uniform: np.ndarray | None) -> np.ndarray:
         parts = np.split(outputs, ends[:-1], axis=-1)
         chosen = np.stack([part.argmax(-1) for part in parts], axis=-1)
-        random = np.floor(uniform[..., 1] * sizes).astype(chosen.dtype)
-        chosen = np.where(uniform[..., 0] < action_noise, random, chosen)
+        if uniform is not None:
+            random = np.floor(uniform[..., 1] * sizes).astype(chosen.dtype)
+            chosen = np.where(uniform[..., 0] < action_noise, random, chosen)
         return np.asarray(chosen + start if several else chosen[:, 0] + start)
 
     shape = (int(ends[-1]),)
@@ -107,9 +110,11 @@ def _largest(
 
 
 def _binary(space: Any, action_noise: float) -> Actions:
-    def choose(outputs: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        random = uniform[..., 1] < 0.5
-        chosen = np.where(uniform[..., 0] < action_noise, random, outputs > 0)
+    def choose(outputs: np.ndarray, uniform: np.ndarray | None) -> np.ndarray:
+        chosen = outputs > 0
+        if uniform is not None:
+            random = uniform[..., 1] < 0.5
+            chosen = np.where(uniform[..., 0] < action_noise, random, chosen)
         return np.asarray(chosen.astype(space.dtype))
 
     shape = tuple(space.shape)
