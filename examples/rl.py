@@ -5,8 +5,8 @@
 
 Linear policies (and one hidden layer where that is not enough), observations
 in units of their running statistics, ClipUp with cosine decay; a generation
-has a twentieth of the budget of time steps at most. For each seed: a search
-within the budget, and then the mean return of the mean policy over 100 new
+begins no episodes after a twentieth of the budget of time steps. For each seed:
+a search, and then the mean return of the mean policy over 100 new
 episodes. Learning curves over time steps, frames of the last policy, and the
 policy itself are written to --out.
 """
@@ -31,7 +31,7 @@ matplotlib.use("agg")
 
 FLAGS = flags.FLAGS
 
-# Generations at least.
+# A generation has this part of the budget, and what is under way then.
 GENERATIONS = 20
 # The same for all environments, unless a flag or OVERRIDES says otherwise.
 DEFAULTS = {
@@ -121,7 +121,7 @@ def train(seed):
     )
     curve, last = [], 0
     start = time.perf_counter()
-    # One that would go beyond the budget is not begun.
+    # One as long as the last has to fit the budget.
     while rollouts.interactions + last <= setting("budget"):
         before = rollouts.interactions
         optimizer.learning_rate = decayed(before / setting("budget"))

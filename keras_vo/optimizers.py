@@ -18,6 +18,15 @@ from keras_vo import checks
 __all__ = ["ClipUp"]
 
 
+_REFUSED = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
 @keras.saving.register_keras_serializable(package="keras_vo")
 class ClipUp(keras.optimizers.Optimizer):
     """Steps of one length, and a velocity that is bounded [1, algorithm 1].
@@ -43,10 +52,12 @@ class ClipUp(keras.optimizers.Optimizer):
         max_speed: length of the velocity at most; `None`: twice the learning
             rate (as it is at the time).
         name: name of the optimizer.
-        **kwargs: of every Keras optimizer: weight decay, EMA.
+        **kwargs: of every Keras optimizer: weight decay, EMA. (Clipping a
+            gradient would change nothing, and of its scale nothing is left.)
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range; clipping, loss scaling or
+            gradient accumulation.
     """
 
     def __init__(
@@ -57,6 +68,13 @@ class ClipUp(keras.optimizers.Optimizer):
         name: str = "clip_up",
         **kwargs: Any,
     ) -> None:
+        for option in _REFUSED:
+            if kwargs.get(option) is not None:
+                raise ValueError(
+                    f"`{option}` has no meaning where all steps have one "
+                    "length. Expected: weight decay and EMA at most. "
+                    f"Received: {option}={kwargs[option]!r}"
+                )
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ValueError(
@@ -87,7 +105,7 @@ class ClipUp(keras.optimizers.Optimizer):
         """Takes a step; see `keras.optimizers.Optimizer.apply`."""
         if trainable_variables is not None and not self.built:
             self.build(list(trainable_variables))
-        velocities = self.velocities
+        velocities = self.velocities if self.built else []
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             velocities = [
@@ -95,10 +113,15 @@ class ClipUp(keras.optimizers.Optimizer):
                 for variable in trainable_variables
                 if id(variable) in self._places
             ]
-        grads = [tf.convert_to_tensor(g) for g in grads]
-        if len(velocities) != len(grads):  # Keras says what is wrong
+        grads = list(grads)
+        none = all(grad is None for grad in grads)
+        if none or len(velocities) != len(grads):  # Keras says what is wrong
             super().apply(grads, trainable_variables)
             return
+        grads = [
+            tf.zeros_like(velocity) if grad is None else grad
+            for grad, velocity in zip(grads, velocities, strict=True)
+        ]
         steps = self._steps(grads, velocities)
         for velocity, step in zip(velocities, steps, strict=True):
             self.assign(velocity, step)
@@ -108,19 +131,26 @@ class ClipUp(keras.optimizers.Optimizer):
         self, grads: Sequence[tf.Tensor], velocities: Sequence[Any]
     ) -> list[tf.Tensor]:
         """The next velocities."""
+        wide = "float64" if "float64" in {v.dtype for v in velocities} else None
+        grads = [tf.cast(grad, wide or "float32") for grad in grads]
+        # So that no square is 0 or infinite.
+        largest = tf.reduce_max([tf.reduce_max(tf.abs(g)) for g in grads])
+        grads = [tf.math.divide_no_nan(grad, largest) for grad in grads]
         norm = tf.linalg.global_norm(grads)
         rate = tf.cast(self.learning_rate, norm.dtype)
         scale = tf.math.divide_no_nan(rate, norm)
         moved = [
-            self.momentum * tf.convert_to_tensor(velocity)
-            + tf.cast(scale, grad.dtype) * grad
+            self.momentum * tf.cast(velocity, norm.dtype) + scale * grad
             for velocity, grad in zip(velocities, grads, strict=True)
         ]
         most = 2 * rate if self.max_speed is None else self.max_speed
         speed = tf.linalg.global_norm(moved)
         part = tf.math.divide_no_nan(tf.cast(most, norm.dtype), speed)
         part = tf.where(speed > most, part, tf.ones_like(part))
-        return [tf.cast(part, step.dtype) * step for step in moved]
+        return [
+            tf.cast(part * step, velocity.dtype)
+            for step, velocity in zip(moved, velocities, strict=True)
+        ]
 
     def update_step(
         self, gradient: Any, variable: Any, learning_rate: Any

@@ -53,6 +53,7 @@ ROOMS = {
     "optimizers": {"checks"},
     "rl": {
         "checks",
+        "keras_compat",
         "interrupts",
         "optimizers",
         "population",

@@ -60,6 +60,28 @@ def test_steps(max_speed, scheduled):
     assert int(optimizer.iterations) == 12
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3e25])
+def test_the_length_of_the_gradient_does_not_matter(scale):
+    variables = [
+        keras.Variable(np.zeros(2), dtype="float32"),
+        keras.Variable(np.zeros(1), dtype="float16"),
+    ]
+    optimizer = keras_vo.optimizers.ClipUp(0.1)
+    gradient = tf.constant([3.0, 4.0]) * tf.constant(scale, tf.float32)
+    optimizer.apply([gradient, None], variables)
+    np.testing.assert_allclose(variables[0], [-0.06, -0.08], rtol=1e-5)
+    np.testing.assert_array_equal(variables[1], [0])
+
+
+def test_gradients_of_nothing_are_keras_errors():
+    with pytest.raises(ValueError, match="provide|build|built"):
+        keras_vo.optimizers.ClipUp().apply([tf.ones([2])])
+    with pytest.raises(ValueError, match="No gradients"):
+        keras_vo.optimizers.ClipUp().apply(
+            [None], [keras.Variable(np.zeros(2))]
+        )
+
+
 def test_it_is_saved_with_a_search(tmp_path):
     model = models.make_model(
         optimizer=models.make_optimizer(
@@ -115,6 +137,8 @@ def test_it_trains_a_plain_model():
         ({"momentum": 1.0}, "`momentum` must be a number in"),
         ({"momentum": "a"}, "`momentum` must be a number in"),
         ({"max_speed": 0}, "`max_speed` must be a positive"),
+        ({"clipnorm": 1.0}, "`clipnorm` has no meaning"),
+        ({"loss_scale_factor": 8.0}, "`loss_scale_factor` has no meaning"),
     ],
 )
 def test_wrong_arguments(arguments, message):

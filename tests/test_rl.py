@@ -300,6 +300,11 @@ SPACES = {
         [[-3.0, 5.0], [0.5, -0.5]],
         [[-1.0, 2.0], [0.5, -0.5]],
     ),
+    "integers": (
+        spaces.Box(-128, 127, (2,), np.int8),
+        [[0.6, -300.0], [126.7, 3.4]],
+        [[1, -128], [127, 3]],
+    ),
     "unbounded": (spaces.Box(-np.inf, np.inf, (1,)), [[7.0]], [[7.0]]),
     "discrete": (spaces.Discrete(3), [[1, 5, 2], [9, 0, 0]], [1, 0]),
     "from -1": (spaces.Discrete(3, start=-1), [[1, 5, 2]], [0]),
@@ -399,6 +404,13 @@ WRONG = {
     "budget": ({"num_interactions": 0.5}, ValueError, "`num_interactions`"),
     "limit": ({"max_episode_steps": -1}, ValueError, "`max_episode_steps`"),
     "noise": ({"action_noise": -1}, ValueError, "`action_noise`"),
+    "infinite": ({"action_noise": np.inf}, ValueError, "`action_noise`"),
+    "probability": ({"action_noise": 1.5}, ValueError, "a probability"),
+    "a layer": (
+        {"policy": keras.layers.Dense(2)},
+        TypeError,
+        "a Keras model as the policy",
+    ),
     "seed": ({"seed": -1}, ValueError, "`seed`"),
 }
 
@@ -420,6 +432,116 @@ def test_without_gymnasium(monkeypatch):
         keras_vo.rl.Rollouts("CartPole-v1", policy(2, inputs=(4,)))
 
 
+class Noisy(Walk):
+    """Its own draws, and the actions that it is given."""
+
+    pairs = []
+
+    def step(self, action):
+        Noisy.pairs.append((self.np_random.normal(), float(action[0])))
+        self.time += 1
+        return self._observation(), 0.0, False, self.time >= 20, {}
+
+
+def test_action_noise_is_not_the_environments():
+    model = policy()
+    model.set_weights([np.zeros_like(w) for w in model.get_weights()])
+    tiny = keras_vo.GaussianSearchDistribution("fixed", stddev=1e-6)
+    rollouts = keras_vo.rl.Rollouts(Noisy, model, action_noise=0.2, episodes=9)
+    rollouts.step(optimizer(search_distribution=tiny, population_size=2))
+    draws, actions = np.transpose(Noisy.pairs)
+    # 180 independent pairs: beyond .4 in one of 10^7 runs; it was 1.
+    assert abs(np.corrcoef(draws, actions)[0, 1]) < 0.4
+
+
+class Undefined(Walk):
+    """Of members that go far, observations are NaN at last."""
+
+    def _observation(self):
+        lost = abs(self.place) > 2
+        return np.array([np.nan if lost else self.place, 1.0], np.float32)
+
+
+def test_observations_that_are_not_finite():
+    """Members that see them are the worst; statistics leave them out."""
+    model, search = policy(normalized=True), optimizer()
+    rollouts = keras_vo.rl.Rollouts(Undefined, model)
+    reports = [rollouts.step(search) for _ in range(3)]
+    assert 0 < sum(report.nonfinite for report in reports) < 24
+    assert all(report.missing == 0 for report in reports)
+    assert np.all(np.isfinite(model.layers[0].statistics.mean))
+    assert np.all(np.isfinite(model.get_weights()[-1]))
+
+
+def test_rewards_and_spaces_of_other_types():
+    class Box(spaces.Box):
+        pass
+
+    class Arrays(Walk):
+        def step(self, action):
+            observation, reward, *rest = super().step(action)
+            return observation, np.array([reward], np.float32), *rest
+
+    rollouts = keras_vo.rl.Rollouts(
+        lambda: Arrays(Box(-1, 1, (1,)), Box(-9, 9, (2,))), policy()
+    )
+    assert rollouts.step(optimizer()).missing == 0
+
+    class Scalars(Walk):
+        def _observation(self):
+            return 3.0
+
+    rollouts = keras_vo.rl.Rollouts(Scalars, policy())
+    with pytest.raises(ValueError, match=r"space, \(2,\). Received: 3.0"):
+        rollouts.step(optimizer())
+
+
+def test_where_observations_are_normalized():
+    """In a model of the model too; once, and first."""
+
+    def nested():
+        inner = policy(3, normalized=True)
+        return keras.Sequential(
+            [keras.Input((2,)), inner, keras.layers.Dense(1)]
+        )
+
+    model = nested()
+    rollouts = keras_vo.rl.Rollouts(Walk, model)
+    rollouts.step(optimizer())
+    count = model.layers[0].layers[0].statistics.count
+    assert count == rollouts.interactions
+    layer = keras_vo.rl.ObservationNormalization
+    for layers in (
+        [keras.layers.Dense(3), layer(), keras.layers.Dense(1)],
+        [layer(), keras.layers.Dense(2), layer(), keras.layers.Dense(1)],
+    ):
+        wrong = keras.Sequential([keras.Input((2,)), *layers])
+        with pytest.raises(ValueError, match="one ObservationNormalization"):
+            keras_vo.rl.Rollouts(Walk, wrong)
+
+
+def test_a_budget_below_an_episode():
+    """Two members at least: one alone is compared with no one."""
+    for antithetic in (True, False):
+        search = optimizer(antithetic=antithetic)
+        rollouts = keras_vo.rl.Rollouts(Walk, policy(), num_interactions=1)
+        report = rollouts.step(search)
+        assert report.updated
+        assert report.evaluations == 2
+
+
+def test_a_frozen_policy_is_evaluated():
+    model = policy()
+    model.trainable = False
+    rollouts = keras_vo.rl.Rollouts(Walk, model)
+    assert rollouts.evaluate(3).shape == (3,)
+    for arguments in ({"episodes": 0}, {"seed": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            rollouts.evaluate(**arguments)
+    with pytest.raises(TypeError, match="Expected a VOOptimizer"):
+        rollouts.step(keras.optimizers.Adam())
+
+
 def test_an_environment_that_raises():
     class Fails(Walk):
         def step(self, action):
@@ -429,7 +551,8 @@ def test_an_environment_that_raises():
     search = optimizer()
     with pytest.raises(ArithmeticError, match="^of the env") as error:
         rollouts.step(search)
-    assert "generation 0" in error.value.__notes__[0]
+    note = "(keras_vo: member 0 of 8, generation 0, episode 0)"
+    assert error.value.__notes__ == [note]
     assert int(search.generations) == 0
 
 
@@ -468,6 +591,12 @@ def test_normalization(tmp_path):
     model.save(tmp_path / "policy.keras")
     loaded = keras.models.load_model(tmp_path / "policy.keras")
     np.testing.assert_array_equal(loaded(x), model(x))
+    half = keras_vo.rl.ObservationNormalization(dtype="mixed_float16")
+    half.build((None, 1))
+    half.update(Statistics(np.float64(9), np.array([5e3]), np.array([9.0])))
+    got = half(np.array([[5000.5], [5001.0]]))
+    assert got.dtype == "float16"
+    np.testing.assert_allclose(got[:, 0], [0.5, 1.0])
     free = keras_vo.rl.ObservationNormalization(clip=None)
     np.testing.assert_array_equal(free(100 * x), 100 * x)
     assert free.get_config()["clip"] is None

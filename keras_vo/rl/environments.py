@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_vo import interrupts
 from keras_vo.rl.spaces import encoded, observation_shape
 
 __all__ = ["Environments", "maker"]
@@ -96,7 +97,14 @@ class Environments:
             zip(self._copies, seeds, strict=False)
         ):
             observation, _ = environment.reset(seed=int(seed))
-            observations[copy] = encoded(self._space, observation)
+            observation = encoded(self._space, observation)
+            if np.shape(observation) != self.shape:
+                raise ValueError(
+                    "Expected observations of the shape of the environment's "
+                    f"space, {self.shape}. Received: {observation!r:.80} of "
+                    f"shape {np.shape(observation)}"
+                )
+            observations[copy] = observation
         return observations
 
     def step(
@@ -105,6 +113,7 @@ class Environments:
         actions: Any,
         observations: np.ndarray,
         returns: np.ndarray,
+        name: Callable[[int], str],
     ) -> np.ndarray:
         """A time step of some copies.
 
@@ -113,16 +122,19 @@ class Environments:
             actions: one for each.
             observations: of all copies, into which the new ones are written.
             returns: of all copies, to which rewards are added.
+            name: says whose a copy is, for errors.
 
         Returns:
             Which of them go on.
         """
         goes_on = np.ones(len(copies), bool)
         for i, copy in enumerate(copies):
-            observation, reward, terminated, truncated, _ = self._copies[
-                copy
-            ].step(actions[i])
+            with interrupts.named(name(copy)):
+                result = self._copies[copy].step(actions[i])
+            observation, reward, terminated, truncated, _ = result
             observations[copy] = encoded(self._space, observation)
+            if not isinstance(reward, (int, float)):  # an array of one
+                reward = np.asarray(reward).item()
             returns[copy] += reward
             goes_on[i] = not (terminated or truncated)
         return goes_on

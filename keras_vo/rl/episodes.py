@@ -57,6 +57,8 @@ class Player:
         weights: Sequence[tf.Tensor],
         seeds: np.ndarray,
         noisy: bool = True,
+        members: Sequence[int] = (0,),
+        where: str = "the mean policy",
     ) -> Episodes:
         """An episode from each of the seeds.
 
@@ -64,8 +66,18 @@ class Player:
             weights: of each variable of the model, [members, ...].
             seeds: of the episodes, [members, episodes].
             noisy: whether actions have noise.
+            members: numbers of the members, for errors.
+            where: what they are members of, alike.
         """
-        members, episodes = seeds.shape
+        episodes = seeds.shape[1]
+
+        def name(copy: int) -> str:
+            member, episode = divmod(int(copy), episodes)
+            return (
+                f"(keras_vo: member {members[member]} of {where}, episode "
+                f"{episode})"
+            )
+
         observations = self.environments.reset(seeds.reshape(-1))
         returns = np.zeros(seeds.size)
         lengths = np.zeros(seeds.size, int)
@@ -73,21 +85,28 @@ class Player:
         if noisy and self._action_noise:
             # Environments draw from the stream of the seed itself.
             noise = [np.random.default_rng([s, 1]) for s in seeds.reshape(-1)]
-        policy = _Weights(self._model, weights, episodes)
+        policy = _Weights(self._model, weights, seeds.shape)
         running = np.arange(seeds.size)
         tally = _Tally(observations)
         while running.size:
             tally.add(observations[running])
             outputs = policy(observations, running)
+            known = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+            if not known.all():  # nothing is worse than no action
+                returns[running[~known]] = -np.inf
+                running, outputs = running[known], outputs[known]
+                if not running.size:
+                    break
             actions = self._actions.choose(outputs, self._drawn(noise, running))
             lengths[running] += 1
             goes_on = self.environments.step(
-                running, actions, observations, returns
+                running, actions, observations, returns, name
             )
             running = running[goes_on]
-        shape = (members, episodes)
         return Episodes(
-            returns.reshape(shape), lengths.reshape(shape), tally.statistics()
+            returns.reshape(seeds.shape),
+            lengths.reshape(seeds.shape),
+            tally.statistics(),
         )
 
     def _drawn(
@@ -108,16 +127,19 @@ class _Weights:
     Args:
         model: the policy.
         weights: [members, ...] each.
-        episodes: of each member.
+        shape: numbers of members and of episodes of each.
     """
 
     def __init__(
-        self, model: Any, weights: Sequence[tf.Tensor], episodes: int
+        self,
+        model: Any,
+        weights: Sequence[tf.Tensor],
+        shape: tuple[int, ...],
     ) -> None:
         self._function: Callable[..., Any] = function_of(model, False)
         self._weights = list(weights)
-        self._episodes = episodes
-        self._members = np.arange(weights[0].shape[0])
+        self._episodes = shape[1]
+        self._members = np.arange(shape[0])
 
     def __call__(
         self, observations: np.ndarray, running: np.ndarray
@@ -138,20 +160,31 @@ class _Weights:
 
 
 class _Tally:
-    """Sums over observations, of distances from the first ones' mean."""
+    """Sums over observations that are finite, of distances from the first
+    ones' mean.
+    """
 
     def __init__(self, observations: np.ndarray) -> None:
-        self._center = observations.mean(axis=0, dtype=np.float64)
+        finite = self._finite(observations)
+        self._center = np.zeros(observations.shape[1:])
+        if len(finite):
+            self._center = finite.mean(axis=0, dtype=np.float64)
         self._total = np.zeros_like(self._center)
         self._squares = np.zeros_like(self._center)
         self._count = 0
 
     def add(self, observations: np.ndarray) -> None:
         """Takes observations [n, ...] into account."""
+        observations = self._finite(observations)
         distances = observations - self._center
         self._total += distances.sum(axis=0)
         self._squares += (distances**2).sum(axis=0)
         self._count += len(observations)
+
+    @staticmethod
+    def _finite(observations: np.ndarray) -> np.ndarray:
+        rows = np.isfinite(observations).reshape(len(observations), -1)
+        return observations[rows.all(axis=1)]
 
     def statistics(self) -> Statistics:
         """Of all of them."""

@@ -9,7 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
-__all__ = ["ObservationNormalization", "Statistics"]
+from keras_vo.keras_compat import layers_of
+
+__all__ = ["ObservationNormalization", "Statistics", "normalization_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,8 @@ class ObservationNormalization(keras.layers.Layer):
     def __init__(
         self, clip: float | None = 10.0, epsilon: float = 1e-8, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        # Of large numbers half precision would leave nothing.
+        super().__init__(**{"autocast": False} | kwargs)
         self.clip, self.epsilon = clip, epsilon
 
     def build(self, input_shape: Any) -> None:
@@ -93,12 +96,13 @@ class ObservationNormalization(keras.layers.Layer):
         # A number that never changes has no scale.
         variance = ops.where(variance > 0, variance, 1.0)
         scale = ops.rsqrt(variance + self.epsilon)
-        dtype = self.compute_dtype
-        mean = ops.cast(ops.where(known, mean, 0.0), dtype)
-        outputs = (ops.cast(inputs, dtype) - mean) * ops.cast(scale, dtype)
-        if self.clip is None:
-            return outputs
-        return ops.clip(outputs, -self.clip, self.clip)
+        mean = ops.where(known, mean, 0.0)
+        wide = "float64" if self.compute_dtype == "float64" else "float32"
+        distance = ops.cast(inputs, wide) - ops.cast(mean, wide)
+        outputs = distance * ops.cast(scale, wide)
+        if self.clip is not None:
+            outputs = ops.clip(outputs, -self.clip, self.clip)
+        return ops.cast(outputs, self.compute_dtype)
 
     @property
     def statistics(self) -> Statistics:
@@ -124,3 +128,32 @@ class ObservationNormalization(keras.layers.Layer):
         config = super().get_config()
         config.update(clip=self.clip, epsilon=self.epsilon)
         return dict(config)
+
+
+def normalization_of(
+    policy: Any, shape: tuple[int, ...]
+) -> ObservationNormalization | None:
+    """The layer of a policy that normalizes observations; `None`: none does.
+
+    Args:
+        policy: that was called.
+        shape: of an observation.
+
+    Raises:
+        ValueError: there are several, or it is not given observations.
+    """
+    layers = [
+        layer
+        for layer in layers_of(policy)
+        if isinstance(layer, ObservationNormalization)
+    ]
+    if not layers:
+        return None
+    shapes = [tuple(layer.mean.shape) for layer in layers]
+    if shapes != [shape]:
+        raise ValueError(
+            "Expected one ObservationNormalization, the first layer of the "
+            f"policy, for observations of shape {shape}. Received: "
+            f"{len(layers)}, for inputs of the shapes {shapes}"
+        )
+    return layers[0]

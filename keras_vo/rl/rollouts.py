@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_vo import checks, interrupts
+from keras_vo import checks
 from keras_vo.population import Population
 from keras_vo.replicas.communicator import sum_over_workers
 from keras_vo.replicas.strategies import worker_count
 from keras_vo.rl.environments import Environments, maker
 from keras_vo.rl.episodes import Episodes, Player
-from keras_vo.rl.normalization import ObservationNormalization, Statistics
+from keras_vo.rl.normalization import Statistics, normalization_of
 from keras_vo.told import Report
 
 __all__ = ["Rollouts"]
@@ -76,7 +78,8 @@ class Rollouts:
         env_options: further arguments of what makes an environment.
 
     Attributes:
-        interactions: time steps of training so far, of all workers.
+        interactions: time steps of training so far, of all workers. It is not
+            saved: set it where a search is resumed, if your loop counts by it.
 
     Raises:
         ImportError: gymnasium is not installed.
@@ -97,6 +100,11 @@ class Rollouts:
         seed: int = 0,
         env_options: dict[str, Any] | None = None,
     ) -> None:
+        if not isinstance(policy, keras.Model):
+            raise TypeError(
+                "Expected a Keras model as the policy. Received: "
+                f"{policy!r:.80} of type {type(policy)}"
+            )
         self.policy = policy
         self._episodes = checks.checked_integer("episodes", episodes)
         if num_interactions is not None:
@@ -108,9 +116,10 @@ class Rollouts:
             max_episode_steps = checks.checked_integer(
                 "max_episode_steps", max_episode_steps
             )
-        if not isinstance(action_noise, (int, float)) or not action_noise >= 0:
+        number = isinstance(action_noise, (int, float))
+        if not number or not 0 <= action_noise < math.inf:
             raise ValueError(
-                "`action_noise` must be a number of 0 or more. "
+                "`action_noise` must be a finite number of 0 or more. "
                 f"Received: action_noise={action_noise!r}"
             )
         self._common = bool(common_random_numbers)
@@ -119,6 +128,7 @@ class Rollouts:
             maker(env, max_episode_steps, env_options or {})
         )
         self._player = Player(policy, environments, float(action_noise))
+        self._normalization = normalization_of(policy, environments.shape)
         self.interactions = 0
 
     def step(self, optimizer: Any) -> Report:
@@ -130,12 +140,19 @@ class Rollouts:
         Returns:
             The report of the step; losses are minus the mean returns.
         """
+        if not hasattr(optimizer, "ask"):
+            raise TypeError(
+                "Expected a VOOptimizer: `rollouts.step(optimizer)`. Received: "
+                f"{optimizer!r:.80} of type {type(optimizer)}"
+            )
         strategy = optimizer.strategy
         workers = worker_count(strategy)
         population = optimizer.ask(self.policy.trainable_variables)
         scores: dict[int, float] = {}
         steps, seen = 0, None
         for members in self._slices(population):
+            if not members:  # more workers than directions
+                continue
             played = self.play(population, members)
             scores |= dict(
                 zip(members, played.returns.mean(axis=1), strict=True)
@@ -150,8 +167,7 @@ class Rollouts:
                 break
         report = optimizer.tell(population, scores, maximize=True)
         self.interactions += int(sum_over_workers(strategy, steps))
-        if seen is not None:
-            self._normalize(strategy, seen)
+        self._normalize(strategy, seen)
         return report
 
     def play(self, population: Population, members: Sequence[int]) -> Episodes:
@@ -166,10 +182,12 @@ class Rollouts:
             (_TRAINING, population.generation), count, self._episodes
         )
         rows = np.zeros(len(members), int) if self._common else list(members)
-        with interrupts.named(
-            f"(keras_vo: in an episode of generation {population.generation})"
-        ):
-            return self._player.play(population.tensors(members), seeds[rows])
+        return self._player.play(
+            population.tensors(members),
+            seeds[rows],
+            members=members,
+            where=f"{len(population)}, generation {population.generation}",
+        )
 
     def evaluate(self, episodes: int = 100, seed: int = 0) -> np.ndarray:
         """Returns [episodes] of the policy with the weights that it has.
@@ -178,6 +196,8 @@ class Rollouts:
             episodes: how many; no one is one of training.
             seed: of the episodes.
         """
+        episodes = checks.checked_integer("episodes", episodes)
+        seed = checks.checked_seed(seed)
         weights = [
             tf.convert_to_tensor(v)[None]
             for v in self.policy.trainable_variables
@@ -198,7 +218,8 @@ class Rollouts:
         signs = 1 + population.seeds.antithetic
         directions = own[: len(own) // signs]
         half = len(population) // signs
-        size = max(len(directions) // 8, 1)
+        # Two members at least: one alone is compared with no one.
+        size = max(len(directions) // 8, 2 // signs)
         for first in range(0, len(directions), size):
             some = directions[first : first + size]
             yield [i + sign * half for sign in range(signs) for i in some]
@@ -207,26 +228,27 @@ class Rollouts:
         self, stream: tuple[int, int], members: int, episodes: int
     ) -> np.ndarray:
         """Seeds of episodes, [members, episodes]."""
-        sequence = np.random.SeedSequence([self._seed, *stream])
-        words = sequence.generate_state(members * episodes)
-        return words.reshape(members, episodes)
+        sequence = np.random.SeedSequence(self._seed, spawn_key=stream)
+        words = sequence.generate_state(members * episodes, np.uint64)
+        return (words >> 1).reshape(members, episodes)
 
-    def _normalize(self, strategy: Any, seen: Statistics) -> None:
-        """Updates the layers that normalize observations."""
-        layers = [
-            layer
-            for layer in self.policy.layers
-            if isinstance(layer, ObservationNormalization)
-        ]
-        if not layers:
+    def _normalize(self, strategy: Any, seen: Statistics | None) -> None:
+        """Updates the layer that normalizes observations.
+
+        Args:
+            strategy: of the optimizer, all of whose workers call this.
+            seen: by this worker; `None`: nothing.
+        """
+        if self._normalization is None:
             return
-        center = layers[0].statistics.mean
-        total = seen.count * (seen.mean - center)
-        squares = seen.squares + seen.count * (seen.mean - center) ** 2
-        sums = sum_over_workers(
-            strategy,
-            np.stack([total, squares, np.full_like(total, seen.count)]),
+        center = self._normalization.statistics.mean
+        sums = np.zeros([3, *center.shape])
+        if seen is not None:
+            shift = seen.mean - center
+            sums[0] = seen.count * shift
+            sums[1] = seen.squares + seen.count * shift**2
+            sums[2] = seen.count
+        total, squares, count = sum_over_workers(strategy, sums)
+        self._normalization.update(
+            Statistics.of_sums(count.flat[0], total, squares, center)
         )
-        merged = Statistics.of_sums(sums[2].flat[0], sums[0], sums[1], center)
-        for layer in layers:
-            layer.update(merged)

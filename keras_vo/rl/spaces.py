@@ -25,6 +25,13 @@ class Actions(NamedTuple):
     noise: Callable[[np.random.Generator], np.ndarray]
 
 
+def _kind(space: Any) -> str:
+    """The name of the kind of space that it is (of); empty: another one."""
+    kinds = ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
+    names = [cls.__name__ for cls in type(space).__mro__]
+    return next((name for name in names if name in kinds), "")
+
+
 def observation_shape(space: Any) -> tuple[int, ...]:
     """Of what the policy is given for one observation.
 
@@ -32,10 +39,10 @@ def observation_shape(space: Any) -> tuple[int, ...]:
         ValueError: the space is not made of numbers.
     """
     shape = getattr(space, "shape", None)
-    kind = type(space).__name__
+    kind = _kind(space)
     if kind == "Discrete":
         return (int(space.n),)
-    if kind not in ("Box", "MultiDiscrete", "MultiBinary") or shape is None:
+    if not kind or shape is None:
         raise ValueError(
             "Expected an environment whose observations are arrays: wrap it, "
             "by `gymnasium.wrappers.FlattenObservation`, say. Received: "
@@ -46,7 +53,7 @@ def observation_shape(space: Any) -> tuple[int, ...]:
 
 def encoded(space: Any, observation: Any) -> Any:
     """An observation as the policy is given it: one-hot if discrete."""
-    if type(space).__name__ == "Discrete":
+    if _kind(space) == "Discrete":
         return np.eye(int(space.n), dtype=np.float32)[observation - space.start]
     return observation
 
@@ -54,15 +61,22 @@ def encoded(space: Any, observation: Any) -> Any:
 def actions_of(space: Any, action_noise: float) -> Actions:
     """The actions of a space.
 
-    Box: the outputs, with normal noise of `action_noise` times half the range
-    (times 1 where there is none), within bounds. Discrete, MultiDiscrete: the
+    Box: the outputs (rounded where actions are integers), with normal noise of
+    `action_noise` times half the range (times 1 where there is none), within
+    bounds. Discrete, MultiDiscrete: the
     largest of the outputs; a random one with probability `action_noise`.
     MultiBinary: whether outputs are above 0, alike.
 
     Raises:
         ValueError: another space.
     """
-    kind = type(space).__name__
+    kind = _kind(space)
+    if kind in ("Discrete", "MultiDiscrete", "MultiBinary"):
+        if action_noise > 1:
+            raise ValueError(
+                "`action_noise` of discrete actions is a probability. "
+                f"Received: action_noise={action_noise}"
+            )
     if kind == "Box":
         return _box(space, action_noise)
     if kind == "Discrete":
@@ -79,13 +93,16 @@ def actions_of(space: Any, action_noise: float) -> Actions:
 
 
 def _box(space: Any, action_noise: float) -> Actions:
-    finite = np.isfinite(space.low) & np.isfinite(space.high)
-    half = np.where(finite, space.high - np.where(finite, space.low, 0), 2) / 2
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    finite = np.isfinite(low) & np.isfinite(high)
+    half = np.where(finite, high - np.where(finite, low, 0), 2) / 2
+    whole = np.issubdtype(space.dtype, np.integer)
 
     def choose(outputs: np.ndarray, normal: np.ndarray | None) -> np.ndarray:
         if normal is not None:
             outputs = outputs + action_noise * half * normal
-        clipped = np.clip(outputs, space.low, space.high)
+        clipped = np.clip(outputs, low, high)
+        clipped = np.round(clipped) if whole else clipped
         return np.asarray(clipped.astype(space.dtype))
 
     shape = tuple(space.shape)
