@@ -6,9 +6,9 @@
 Linear policies (and one hidden layer where that is not enough), observations
 in units of their running statistics, ClipUp with cosine decay; a generation
 begins no episodes after a twentieth of the budget of time steps. For each seed:
-a search, and then the mean return of the mean policy over 100 new
-episodes. Learning curves over time steps, frames of the last policy, and the
-policy itself are written to --out.
+a search within the budget, and then the mean return of the mean policy over
+100 new episodes. Learning curves over time steps, frames of the last policy,
+and the policy itself are written to --out.
 """
 
 import math
@@ -119,15 +119,17 @@ def train(seed):
         action_noise=FLAGS.action_noise,
         seed=seed,
     )
-    curve, last = [], 0
+    curve, steps = [], 0
     start = time.perf_counter()
-    # One as long as the last has to fit the budget.
-    while rollouts.interactions + last <= setting("budget"):
-        before = rollouts.interactions
-        optimizer.learning_rate = decayed(before / setting("budget"))
+    while True:
+        weights = policy.get_weights()
+        optimizer.learning_rate = decayed(steps / setting("budget"))
         report = rollouts.step(optimizer)
-        last = rollouts.interactions - before
-        curve.append((rollouts.interactions, -report.mean_loss))
+        if rollouts.interactions > setting("budget"):
+            policy.set_weights(weights)  # as if it had not been played
+            break
+        steps = rollouts.interactions
+        curve.append((steps, -report.mean_loss))
     seconds = time.perf_counter() - start
     # Episodes of seeds that no search has.
     returns = rollouts.evaluate(FLAGS.evaluation_episodes, seed=seed)
@@ -135,7 +137,7 @@ def train(seed):
     print(
         f"{FLAGS.env} seed {seed}: mean return {returns.mean():.2f} "
         f"(standard deviation {returns.std():.2f}) of "
-        f"{len(returns)} episodes, {rollouts.interactions} time steps, "
+        f"{len(returns)} episodes, {steps} time steps, "
         f"{len(curve)} generations, {seconds:.1f} s"
     )
     return policy, curve, returns

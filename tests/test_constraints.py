@@ -224,8 +224,8 @@ def test_low_rank_stays_low_rank():
     sizes = []
 
     class Optimizer(keras_vo.VOOptimizer):
-        def _search(self, *args):
-            search, perturbations = super()._search(*args)
+        def search(self, *args):
+            search, perturbations = super().search(*args)
             sizes.append(perturbations.at("member").noise_size)
             return search, perturbations
 

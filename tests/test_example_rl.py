@@ -43,6 +43,19 @@ def test_search_within_its_budget(env, tmp_path, monkeypatch):
     assert float(loaded.layers[0].count) > 0
 
 
+@pytest.mark.slow
+def test_what_is_beyond_the_budget_is_not_used():
+    """Not even the first generation fits: the policy is what it was."""
+    module = example_scripts.load("rl")
+    module.FLAGS(["rl", "--env=Pendulum-v1", "--budget=100", "--out="])
+    policy, curve, _ = module.train(0)
+    assert curve == []
+    np.testing.assert_array_equal(policy.get_weights()[-1], [0])
+    assert float(policy.layers[0].count) == 0
+    for name in ("env", "budget", "out"):
+        module.FLAGS[name].unparse()
+
+
 def test_settings_of_environments():
     module = example_scripts.load("rl")
     module.FLAGS(["rl", "--env=CartPole-v1", "--episodes=7"])

@@ -159,12 +159,12 @@ class Pooled(NamedTuple):
     examples: tf.Tensor
 
     @property
-    def enough(self) -> tf.Tensor:
-        """Whether any loss is finite, and there is another to compare it with.
+    def usable(self) -> tf.Tensor:
+        """Which losses [N] are finite, if there is another to compare with.
 
         A loss that is not finite is one: the member is worse.
         """
-        return tf.reduce_any(tf.math.is_finite(self.losses)) & (self.known > 1)
+        return tf.math.is_finite(self.losses) & (self.known > 1)
 
 
 def pool(

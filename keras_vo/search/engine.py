@@ -127,8 +127,9 @@ class Search:
             proposal, rules = self._proposed(
                 direction, ties, move_mean, self._best(populations, pooled)
             )
-        finite = [tf.reduce_any(p.enough) for p in pooled.values()]
-        return Report(pooled, direction, tf.reduce_any(finite), proposal, rules)
+        # A constant in its place is folded wrongly: see tests/test_precision.
+        usable = tf.concat([p.usable for p in pooled.values()], axis=0)
+        return Report(pooled, direction, tf.reduce_any(usable), proposal, rules)
 
     def _pooled(self, level: str, population: Judged) -> credit.Pooled:
         shape = self.settings.shape
