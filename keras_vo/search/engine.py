@@ -122,13 +122,12 @@ class Search:
         direction, ties = self._direction(populations, pooled)
         direction = self._preconditioned(direction)
         # Where a batch can't be had (the end of the data), nothing is done.
-        losses = [p.losses for p in pooled.values()]
-        with tf.control_dependencies(losses):
+        with tf.control_dependencies([p.losses for p in pooled.values()]):
             proposal, rules = self._proposed(
                 direction, ties, move_mean, self._best(populations, pooled)
             )
-        # A constant in its place is folded wrongly: see tests/test_precision.
-        usable = tf.concat([p.usable for p in pooled.values()], axis=0)
+        # Not a constant: that would be folded, wrongly (see test_precision).
+        usable = tf.concat([p.usable for p in pooled.values()], 0)
         return Report(pooled, direction, tf.reduce_any(usable), proposal, rules)
 
     def _pooled(self, level: str, population: Judged) -> credit.Pooled:
