@@ -51,5 +51,6 @@ def named(note: str) -> Iterator[None]:
             error.add_note(note)
         else:
             notes = [*getattr(error, "__notes__", ()), note]
+            # PEP 678's name, which Python 3.10 does not know.
             error.__notes__ = notes  # type: ignore[attr-defined]
         raise

@@ -16,10 +16,10 @@ import numpy as np
 
 __all__ = ["NEWER", "named_variables", "restore", "save"]
 
+# What is kept on request: files and searches may or may not have it.
+_REQUESTED = {"best_loss": float("inf"), "best_weights": 0.0}
 # What files of earlier versions lack, and what it was there; "discrete": see
 # `RESUMED` in `keras_vo.search.activation_scale`.
-# What is kept on request is lacking or left over where it was not.
-_REQUESTED = {"best_loss": float("inf"), "best_weights": 0.0}
 NEWER = {"blind_growth": 0.0, "blind": 0.0, "discrete": -3.0, **_REQUESTED}
 
 _FORMAT = 1

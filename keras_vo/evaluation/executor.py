@@ -163,7 +163,8 @@ class _Run:
             return
         try:
             self._pool.submit(callable, self._task).result(_START)
-        except (futures.BrokenExecutor, TimeoutError) as error:
+        # Before Python 3.11 that is another TimeoutError than the builtin one.
+        except (futures.BrokenExecutor, futures.TimeoutError) as error:
             for member in (*self.suspects, *self.queue):
                 self._tries[member] = self._terms.retries
                 self._fail(member, error)

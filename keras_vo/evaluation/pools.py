@@ -72,6 +72,7 @@ class Pool:
     def workers(self) -> int | None:
         """How many it has; `None`: that is not known."""
         if self.is_processes or self.is_threads:
+            # No public name has it; an attribute would look like our own.
             return int(getattr(self._given, "_max_workers"))  # noqa: B009
         return None
 
@@ -130,4 +131,5 @@ def _end_with(executor: futures.Executor) -> None:
             other.shutdown(wait, cancel_futures=cancel_futures)
         shutdown(wait, cancel_futures=cancel_futures)
 
+    # Of this object only: `with` calls it, and nothing else says it is over.
     executor.shutdown = both  # type: ignore[method-assign]

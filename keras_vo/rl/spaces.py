@@ -63,12 +63,12 @@ def actions_of(space: Any, action_noise: float) -> Actions:
 
     Box: the outputs (rounded where actions are integers), with normal noise of
     `action_noise` times half the range (times 1 where there is none), within
-    bounds. Discrete, MultiDiscrete: the
-    largest of the outputs; a random one with probability `action_noise`.
-    MultiBinary: whether outputs are above 0, alike.
+    bounds. Discrete, MultiDiscrete: the largest of the outputs; a random one
+    with probability `action_noise`. MultiBinary: whether outputs are above 0,
+    alike.
 
     Raises:
-        ValueError: another space.
+        ValueError: another space, or a probability above 1.
     """
     kind = _kind(space)
     if kind in ("Discrete", "MultiDiscrete", "MultiBinary"):
