@@ -20,6 +20,8 @@ from keras_vo.evaluation import executor as executor_lib
 from keras_vo.evaluation.pools import Pool
 
 FORKED = multiprocessing.get_context("forkserver")
+# Else each new worker imports TensorFlow: as in test_multi_worker.
+FORKED.set_forkserver_preload(["keras_vo"])
 
 
 def processes(count=2):
