@@ -136,7 +136,8 @@ class _Weights:
         weights: Sequence[tf.Tensor],
         shape: tuple[int, ...],
     ) -> None:
-        self._function: Callable[..., Any] = function_of(model, False)
+        self._function: Any = function_of(model, False)
+        self._concrete: Callable[..., Any] | None = None
         self._weights = list(weights)
         self._episodes = shape[1]
         self._members = np.arange(shape[0])
@@ -150,11 +151,15 @@ class _Weights:
             rows = np.searchsorted(self._members, playing)
             self._weights = [tf.gather(w, rows) for w in self._weights]
             self._members = playing
+            self._concrete = None
         shape = observations.shape[1:]
         by_member = observations.reshape(-1, self._episodes, *shape)
-        outputs = self._function(
-            self._weights, tf.constant(by_member[self._members])
-        ).numpy()
+        inputs = tf.constant(by_member[self._members])
+        if self._concrete is None:  # found once: that takes as long as a call
+            self._concrete = self._function.get_concrete_function(
+                self._weights, inputs
+            )
+        outputs = self._concrete(self._weights, inputs).numpy()
         rows = np.searchsorted(self._members, running // self._episodes)
         return np.asarray(outputs[rows, running % self._episodes])
 
