@@ -45,6 +45,7 @@ DEFAULTS = {
 }
 OVERRIDES = {
     "CartPole-v1": {"budget": 50_000},
+    "LunarLanderContinuous-v3": {"budget": 1_000_000},
     "Pendulum-v1": {
         "budget": 2_000_000,
         "population_size": 8,

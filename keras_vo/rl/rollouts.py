@@ -33,8 +33,14 @@ class Rollouts:
     ...     keras_vo.rl.ObservationNormalization(),
     ...     keras.layers.Dense(2, kernel_initializer="zeros"),
     ... ])
-    >>> optimizer = keras_vo.VOOptimizer(keras_vo.rl.ClipUp(0.1))
-    >>> rollouts = keras_vo.rl.Rollouts("CartPole-v1", policy)
+    >>> optimizer = keras_vo.VOOptimizer(
+    ...     keras_vo.rl.ClipUp(0.05),
+    ...     population_size=16,
+    ...     fitness_shaping="standardize",
+    ... )
+    >>> rollouts = keras_vo.rl.Rollouts(
+    ...     "CartPole-v1", policy, num_interactions=1_000
+    ... )
     >>> while rollouts.interactions < 50_000:
     ...     report = rollouts.step(optimizer)
     >>> rollouts.evaluate(episodes=100).mean()
