@@ -56,14 +56,20 @@ OVERRIDES = {
 
 flags.DEFINE_string("env", "CartPole-v1", "Id of the environment.")
 flags.DEFINE_list("seeds", ["0"], "A search for each.")
-flags.DEFINE_integer("budget", None, "Time steps of training.")
-flags.DEFINE_integer("population_size", None, "Members of a generation.")
-flags.DEFINE_integer("episodes", None, "Of each member.")
-flags.DEFINE_integer("hidden", None, "Units of a hidden layer; 0: none.")
+flags.DEFINE_integer("budget", None, "Time steps of training.", lower_bound=1)
+flags.DEFINE_integer(
+    "population_size", None, "Members of a generation.", lower_bound=2
+)
+flags.DEFINE_integer("episodes", None, "Of each member.", lower_bound=1)
+flags.DEFINE_integer(
+    "hidden", None, "Units of a hidden layer; 0: none.", lower_bound=0
+)
 flags.DEFINE_float("learning_rate", None, "Of ClipUp at first: it decays.")
 flags.DEFINE_float("stddev", None, "First sigma.")
 flags.DEFINE_float("action_noise", 0.0, "Noise of actions in training.")
-flags.DEFINE_integer("evaluation_episodes", 100, "Of the mean policy.")
+flags.DEFINE_integer(
+    "evaluation_episodes", 100, "Of the mean policy.", lower_bound=1
+)
 flags.DEFINE_string("out", "out", "Folder of plots and policies; empty: none.")
 
 
@@ -77,13 +83,22 @@ def setting(name):
 
 def make_policy():
     environment = gymnasium.make(FLAGS.env)
-    actions = environment.action_space
-    if isinstance(actions, gymnasium.spaces.Discrete):
-        outputs = int(actions.n)
-    else:
-        outputs = int(np.prod(actions.shape))
+    observations, actions = (
+        environment.observation_space,
+        environment.action_space,
+    )
+    spaces = gymnasium.spaces
+    if not isinstance(observations, spaces.Box) or not isinstance(
+        actions, (spaces.Box, spaces.Discrete)
+    ):
+        raise app.UsageError(
+            "Expected an --env whose observations are Box, and its actions "
+            f"Box or Discrete. Received: --env={FLAGS.env}, with "
+            f"{observations} and {actions}"
+        )
+    outputs = spaces.flatdim(actions)
     layers = [
-        keras.Input(environment.observation_space.shape),
+        keras.Input(observations.shape),
         keras_vo.rl.ObservationNormalization(),
     ]
     if setting("hidden"):
@@ -200,14 +215,20 @@ def main(argv):
         seeds = [int(seed) for seed in FLAGS.seeds]
     except ValueError:
         seeds = []
-    if not seeds:
+    if not seeds or min(seeds) < 0:
         raise app.UsageError(
-            "Expected integers for --seeds, as in --seeds=0,1. "
+            "Expected integers for --seeds, of 0 or more, as in --seeds=0,1. "
             f"Received: --seeds={','.join(FLAGS.seeds)}"
         )
     curves, means = {}, []
     for seed in seeds:
         policy, curves[seed], returns = train(seed)
+        if not curves[seed]:
+            raise app.UsageError(
+                "Expected a budget for one generation at least. Received: "
+                f"--budget={setting('budget')}, less than a generation's time "
+                "steps; the policy was not trained"
+            )
         means.append(returns.mean())
     print(
         f"{FLAGS.env}: median over seeds {np.median(means):.2f}, "

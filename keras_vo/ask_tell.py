@@ -25,6 +25,7 @@ from keras_vo.population import (
     Seeds,
     check_seeds,
     checked_seeds,
+    equal,
 )
 from keras_vo.replicas import strategies
 from keras_vo.search.credit import MEMBER, Outcomes
@@ -194,8 +195,8 @@ class AskTell(SearchSteps):
 
     def _is_assigned(self, population: Population) -> bool:
         """Whether the variables hold something else than the mean."""
-        values = map(_now, self._trained())
-        return not all(map(np.array_equal, values, population.rounded_means))
+        values = list(map(_now, self._trained()))
+        return not equal(values, population.rounded_means)
 
     def _population(self) -> Population:
         """That of this generation."""

@@ -76,12 +76,12 @@ def checked_number(name: str, value: Any) -> float:
     return number
 
 
-def checked_integer(name: str, value: Any) -> int:
-    """`value`, at least 1, as an integer."""
+def checked_integer(name: str, value: Any, least: int = 1) -> int:
+    """`value`, at least `least`, as an integer."""
     number = _as_float(value)
-    if not 1 <= number < math.inf or number != int(number):
+    if not least <= number < math.inf or number != int(number):
         raise ValueError(
-            f"`{name}` must be an integer of 1 or more. "
+            f"`{name}` must be an integer of {least} or more. "
             f"Received: {name}={value!r}"
         )
     return int(value)

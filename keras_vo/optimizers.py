@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,13 @@ class ClipUp(keras.optimizers.Optimizer):
                     "length. Expected: weight decay and EMA at most. "
                     f"Received: {option}={kwargs[option]!r}"
                 )
+        if isinstance(learning_rate, (int, float)) and not (
+            0 <= learning_rate < math.inf
+        ):
+            raise ValueError(
+                "`learning_rate` must be a finite number of 0 or more, or a "
+                f"schedule. Received: learning_rate={learning_rate!r}"
+            )
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ValueError(

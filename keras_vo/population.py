@@ -22,7 +22,7 @@ from keras_vo.member_weights import (
     maker,
 )
 
-__all__ = ["Population", "Seeds", "check_seeds", "checked_seeds"]
+__all__ = ["Population", "Seeds", "check_seeds", "checked_seeds", "equal"]
 
 # Members' weights that are made at once.
 _CHUNK_BYTES = 2**25
@@ -208,13 +208,16 @@ class Population(Sequence[list[np.ndarray]]):
         The last one is looked at first.
         """
         last = len(self) - 1
-        if _equal(self[last], values):
+        if equal(self[last], values):
             return True
-        return any(_equal(weights, values) for weights in self)
+        return any(equal(weights, values) for weights in self)
 
 
-def _equal(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
-    return all(map(np.array_equal, a, b))
+def equal(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    """Whether weights are the same, NaN where others are too."""
+    return all(
+        np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True)
+    )
 
 
 def checked_seeds(seeds: Any) -> Seeds:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_vo.evaluation.vectorized import quiet_tensorflow
+from keras_vo.keras_compat import parts_of
 from keras_vo.member_weights import Weight
 from keras_vo.population import Population
 
@@ -19,7 +20,15 @@ __all__ = ["function_of", "population_call"]
 # Weights that are there at once; a larger population goes by chunks.
 _MOST_BYTES = 2**28
 
-_functions: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = (
+
+class _Kept(NamedTuple):
+    """A compiled function, and what its model was made of."""
+
+    parts: list[Any]
+    function: Callable[..., Any]
+
+
+_functions: weakref.WeakKeyDictionary[Any, dict[bool, _Kept]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -34,13 +43,16 @@ def population_call(
 
     It is one compiled function of the weights, vectorized over the members,
     and is traced once for a model and the shapes of its inputs: not again in
-    the next generation.
+    the next generation. Where layers are added or replaced it is another one;
+    after a change inside of a layer (`layer.activation = ...`), compile the
+    model again, as for its `predict`.
 
     Args:
         model: a Keras model; compiled or not, of whatever optimizer.
         population: from `ask` for `model.trainable_variables`. Weights that
             are not trained, and states, are those that the model has.
-        inputs: of the model, in its structure: arrays or tensors. With
+        inputs: of the model, in its structure: arrays or tensors (a list is
+            the structure of several inputs, not rows of one). With
             `shared_inputs` [batch, ...], the same for all members; else [N,
             batch, ...], those of member n at n.
         shared_inputs: which of both.
@@ -92,12 +104,24 @@ def population_call(
 
 def function_of(model: Any, shared_inputs: bool) -> Callable[..., Any]:
     """From weights [n, ...] and inputs to outputs [n, batch, ...]."""
-    kinds = (model.trainable_variables, model.non_trainable_variables)
-    key = (shared_inputs, *(tuple(map(id, variables)) for variables in kinds))
+    parts = parts_of(model)
     functions = _functions.setdefault(model, {})
-    if key not in functions:
-        functions[key] = _traceable(weakref.ref(model), shared_inputs)
-    return functions[key]
+    kept = functions.get(shared_inputs)
+    if kept is None or not _are(kept.parts, parts):
+        kept = _Kept(
+            [None if part is None else weakref.ref(part) for part in parts],
+            _traceable(weakref.ref(model), shared_inputs),
+        )
+        functions[shared_inputs] = kept
+    return kept.function
+
+
+def _are(references: Sequence[Any], parts: Sequence[Any]) -> bool:
+    """Whether these references are to these objects."""
+    return len(references) == len(parts) and all(
+        part is (reference and reference())
+        for reference, part in zip(references, parts, strict=True)
+    )
 
 
 def _traceable(model: Any, shared_inputs: bool) -> Callable[..., Any]:

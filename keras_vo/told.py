@@ -80,7 +80,9 @@ class Report:
         return cls(
             generation,
             losses,
-            float(losses[finite].mean()) if finite.any() else np.nan,
+            float(losses[finite].mean(dtype=np.float64))
+            if finite.any()
+            else np.nan,
             float(losses[best]) if finite.any() else np.nan,
             best if finite.any() else None,
             len(losses) - missing,

@@ -633,6 +633,20 @@ def test_report():
     assert row["evaluations"] == 8
 
 
+def test_the_mean_of_large_losses_is_finite():
+    optimizer = models.make_optimizer(population_size=4)
+    losses = np.array([3e38, 3e38, 2e38, -3e38], np.float32)
+    report = optimizer.tell(optimizer.ask(make_variables()), losses)
+    np.testing.assert_allclose(report.mean_loss, 1.25e38)
+
+
+def test_weights_that_are_nan_were_not_set_since():
+    variables = [tf.Variable([np.nan, 1.0])]
+    optimizer = models.make_optimizer(population_size=4)
+    report = optimizer.tell(optimizer.ask(variables), [1.0, 2.0, 3.0, 4.0])
+    assert report.evaluations == 4
+
+
 @pytest.mark.parametrize("graph", [True, False])
 def test_the_best_member_ever(graph):
     variables = make_variables()

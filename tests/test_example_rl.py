@@ -67,8 +67,21 @@ def test_settings_of_environments():
     module.FLAGS["episodes"].unparse()
 
 
-@pytest.mark.parametrize("argument", ["--seeds=a", "--seeds="])
+@pytest.mark.parametrize("argument", ["--seeds=a", "--seeds=", "--seeds=-1"])
 def test_flags_name_what_was_expected_and_received(argument):
     with pytest.raises(app.UsageError, match="integers for --seeds") as caught:
         run(argument)
     assert argument in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env=FrozenLake-v1"], "observations are Box.*Discrete.16."),
+        (["--env=Pendulum-v1", "--budget=100"], "one generation.*--budget=100"),
+    ],
+)
+def test_what_can_not_be_trained(arguments, message, tmp_path):
+    with pytest.raises(app.UsageError, match=message):
+        run(*arguments, f"--out={tmp_path}")
+    assert not list(tmp_path.iterdir())

@@ -452,7 +452,7 @@ def test_an_error_names_the_member():
 WRONG = {
     "no executor": ({"executor": 3}, TypeError, "concurrent.futures"),
     "alone": ({"timeout": 3.0}, ValueError, "those of an executor"),
-    "retries": ({"retries": -1, "executor": Now()}, ValueError, "`retries`"),
+    "retries": ({"retries": -1, "executor": Now()}, ValueError, "of 0 or more"),
     "timeout": ({"timeout": 0, "executor": Now()}, ValueError, "`timeout`"),
 }
 

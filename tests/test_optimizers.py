@@ -134,6 +134,7 @@ def test_it_trains_a_plain_model():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"learning_rate": -0.1}, "`learning_rate` must be a finite number"),
         ({"momentum": 1.0}, "`momentum` must be a number in"),
         ({"momentum": "a"}, "`momentum` must be a number in"),
         ({"max_speed": 0}, "`max_speed` must be a positive"),

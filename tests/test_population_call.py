@@ -162,6 +162,33 @@ def test_what_is_not_trained_is_the_models():
     assert_close(got, one_by_one(model, fewer, inputs, True))
 
 
+def outputs_of(model, shared_inputs=True):
+    """Of the mean, by `population_call` and by the model."""
+    tiny = keras_vo.GaussianSearchDistribution("fixed", stddev=1e-6)
+    search = models.make_optimizer(search_distribution=tiny, population_size=2)
+    population = search.ask(model.trainable_variables)
+    x = np.ones((2, 3, 4) if not shared_inputs else (3, 4), np.float32)
+    got = keras_vo.population_call(model, population, x, shared_inputs)
+    return got[0], model(x if shared_inputs else x[0])
+
+
+@pytest.mark.parametrize("shared_inputs", [True, False])
+def test_a_model_that_has_changed_is_another(shared_inputs):
+    """Layers without weights too."""
+    model = dense()
+    outputs_of(model, shared_inputs)
+    model.add(keras.layers.Softmax())
+    got, expected = outputs_of(model, shared_inputs)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    model.layers[0].activation = keras.activations.sigmoid
+    model.compile()
+    got, expected = outputs_of(model, shared_inputs)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    function = population_calls.function_of(model, shared_inputs)
+    model.set_weights([2 * w for w in model.get_weights()])
+    assert population_calls.function_of(model, shared_inputs) is function
+
+
 def test_no_model_is_kept_alive():
     model = dense()
     population = models.make_optimizer().ask(model.trainable_variables)

@@ -1,5 +1,6 @@
 """keras_vo.rl: episodes against a plain loop, spaces, statistics, budgets."""
 
+import signal
 import sys
 
 import gymnasium
@@ -518,6 +519,97 @@ def test_where_observations_are_normalized():
         wrong = keras.Sequential([keras.Input((2,)), *layers])
         with pytest.raises(ValueError, match="one ObservationNormalization"):
             keras_vo.rl.Rollouts(Walk, wrong)
+    # As wide as the observations, but they are others.
+    behind = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(2), layer(name="second")]
+    )
+    behind.add(keras.layers.Dense(1))
+    with pytest.raises(ValueError, match="Received: 'second', whose inputs"):
+        keras_vo.rl.Rollouts(Walk, behind)
+
+
+def test_what_environments_may_not_return():
+    """What is wrong after a step names the member whose step it was."""
+
+    class Short(Walk):
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return observation[:1], *rest
+
+    class Pair(Walk):
+        def step(self, action):
+            observation, _, *rest = super().step(action)
+            return observation, np.zeros(2), *rest
+
+    for env, message in (
+        (Short, r"space, \(2,\). Received: .* of shape \(1,\)"),
+        (Pair, r"a reward of one number. Received: .* of shape \(2,\)"),
+    ):
+        search = optimizer()
+        with pytest.raises(ValueError, match=message) as caught:
+            keras_vo.rl.Rollouts(env, policy()).step(search)
+        assert "member 0 of 8, generation 0, episode 0" in str(
+            caught.value.__notes__
+        )
+    same = Walk()
+    rollouts = keras_vo.rl.Rollouts(lambda: same, policy())
+    with pytest.raises(ValueError, match="returned .*Walk.* again"):
+        rollouts.step(optimizer())
+
+
+class Unrewarded(Walk):
+    """Rewards of those that go far to one side are NaN."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, np.nan if self.place > 2 else reward, *rest
+
+
+def test_rewards_that_are_nan():
+    """Such members are the worst ones, and it is said."""
+    rollouts = keras_vo.rl.Rollouts(Unrewarded, policy())
+    search = optimizer()
+    with pytest.warns(RuntimeWarning, match="Rewards of an environment are"):
+        reports = [rollouts.step(search) for _ in range(3)]
+    assert 0 < sum(report.nonfinite for report in reports) < 24
+    assert all(report.missing == 0 for report in reports)
+
+
+def test_a_policy_that_never_acts():
+    """A loop over time steps would not end."""
+    model = policy()
+    model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+    rollouts, search = keras_vo.rl.Rollouts(Walk, model), optimizer()
+    with pytest.raises(ValueError, match="so no one has acted"):
+        rollouts.step(search)
+    model.set_weights([np.zeros_like(w) for w in model.get_weights()])
+    assert rollouts.step(search).generation == 0
+
+
+def test_mixed_precision_wraps_the_optimizer():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = policy(normalized=True)
+    model.compile(optimizer=optimizer())
+    assert not hasattr(model.optimizer, "ask")
+    report = keras_vo.rl.Rollouts(Walk, model).step(model.optimizer)
+    assert report.updated
+
+
+def test_ctrl_c_waits_until_the_statistics_are_those_of_the_step():
+    class Interrupted(keras_vo.VOOptimizer):
+        def tell(self, *args, **kwargs):
+            report = super().tell(*args, **kwargs)
+            signal.raise_signal(signal.SIGINT)
+            return report
+
+    model = policy(normalized=True)
+    search = Interrupted(keras_vo.rl.ClipUp(0.1), population_size=8, seed=0)
+    rollouts = keras_vo.rl.Rollouts(Walk, model)
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.step(search)
+    assert int(search.generations) == 1
+    assert rollouts.interactions > 0
+    assert model.layers[0].statistics.count == rollouts.interactions
 
 
 def test_a_budget_below_an_episode():

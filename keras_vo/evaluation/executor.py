@@ -53,8 +53,7 @@ class Terms:
         """Of arguments, or an error."""
         if timeout is not None:
             timeout = checks.checked_number("timeout", timeout)
-        if retries != 0:
-            retries = checks.checked_integer("retries", retries)
+        retries = checks.checked_integer("retries", retries, least=0)
         return cls(timeout, retries, bool(progress))
 
 

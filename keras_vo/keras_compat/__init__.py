@@ -152,6 +152,19 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers())
 
 
+def parts_of(model: Any) -> list[Any]:
+    """What a compiled function of a model depends on: each is another object
+    where the model has been changed, or compiled again.
+    """
+    compiled = getattr(model, "_compile_config", None)
+    return [
+        *layers_of(model),
+        *model.trainable_variables,
+        *model.non_trainable_variables,
+        compiled,
+    ]
+
+
 def build_metrics(
     model: Any,
     iterator: Any,

@@ -81,6 +81,7 @@ class Environments:
         self._make = make
         self._copies = [make()]
         self.first = self._copies[0]
+        self._unwrapped = getattr(self.first, "unwrapped", self.first)
         self._space = self.first.observation_space
         self.shape = observation_shape(self._space)
 
@@ -91,20 +92,13 @@ class Environments:
             What policies are given, [copies, *shape] float32.
         """
         while len(self._copies) < len(seeds):
-            self._copies.append(self._make())
+            self._copies.append(self._another())
         observations = np.empty([len(seeds), *self.shape], np.float32)
         for copy, (environment, seed) in enumerate(
             zip(self._copies, seeds, strict=False)
         ):
             observation, _ = environment.reset(seed=int(seed))
-            observation = encoded(self._space, observation)
-            if np.shape(observation) != self.shape:
-                raise ValueError(
-                    "Expected observations of the shape of the environment's "
-                    f"space, {self.shape}. Received: {observation!r:.80} of "
-                    f"shape {np.shape(observation)}"
-                )
-            observations[copy] = observation
+            observations[copy] = self._read(observation)
         return observations
 
     def step(
@@ -131,15 +125,48 @@ class Environments:
         for i, copy in enumerate(copies):
             with interrupts.named(name(copy)):
                 result = self._copies[copy].step(actions[i])
-            observation, reward, terminated, truncated, _ = result
-            observations[copy] = encoded(self._space, observation)
-            if not isinstance(reward, (int, float)):  # an array of one
-                reward = np.asarray(reward).item()
+                observation, reward, terminated, truncated, _ = result
+                observations[copy] = self._read(observation)
+                if not isinstance(reward, (int, float)):
+                    reward = _number(reward)
             returns[copy] += reward
             goes_on[i] = not (terminated or truncated)
         return goes_on
+
+    def _another(self) -> Any:
+        """A further copy."""
+        copy = self._make()
+        if getattr(copy, "unwrapped", copy) is self._unwrapped:
+            raise ValueError(
+                "Expected a function that makes an environment each time it "
+                "is called: all members play at the same time. Received: one "
+                f"that returned {copy} again"
+            )
+        return copy
+
+    def _read(self, observation: Any) -> Any:
+        """An observation as the policy is given it."""
+        observation = encoded(self._space, observation)
+        if np.shape(observation) != self.shape:
+            raise ValueError(
+                "Expected observations of the shape of the environment's "
+                f"space, {self.shape}. Received: {observation!r:.80} of "
+                f"shape {np.shape(observation)}"
+            )
+        return observation
 
     def close(self) -> None:
         """Closes all copies."""
         for environment in self._copies:
             environment.close()
+
+
+def _number(reward: Any) -> float:
+    """A reward that is an array of one number."""
+    array = np.asarray(reward)
+    if array.size != 1:
+        raise ValueError(
+            f"Expected a reward of one number. Received: {reward!r:.80} of "
+            f"shape {array.shape}"
+        )
+    return float(array.item())

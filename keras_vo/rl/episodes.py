@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,6 +104,15 @@ class Player:
                 running, actions, observations, returns, name
             )
             running = running[goes_on]
+        unknown = np.isnan(returns)
+        if unknown.any():
+            returns[unknown] = -np.inf  # as where there are no actions
+            warnings.warn(
+                "Rewards of an environment are NaN. The returns of such "
+                "episodes count as -inf: nothing is worse.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Episodes(
             returns.reshape(seeds.shape),
             lengths.reshape(seeds.shape),

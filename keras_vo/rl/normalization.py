@@ -70,6 +70,7 @@ class ObservationNormalization(keras.layers.Layer):
         # Of large numbers half precision would leave nothing.
         super().__init__(**{"autocast": False} | kwargs)
         self.clip, self.epsilon = clip, epsilon
+        self._given: Any = None  # see `normalization_of`
 
     def build(self, input_shape: Any) -> None:
         shape = tuple(input_shape[1:])
@@ -87,6 +88,8 @@ class ObservationNormalization(keras.layers.Layer):
         )
 
     def call(self, inputs: Any) -> Any:
+        if self._given is not None:
+            self._given(inputs)
         count, mean, squares = (
             ops.convert_to_tensor(v)
             for v in (self.count, self.mean, self.squares)
@@ -156,4 +159,21 @@ def normalization_of(
             f"policy, for observations of shape {shape}. Received: "
             f"{len(layers)}, for inputs of the shapes {shapes}"
         )
-    return layers[0]
+    layer = layers[0]
+    # Numbers of two binary digits, which every dtype has.
+    probe = np.resize(np.arange(4, dtype=np.float32), (1, *shape))
+    given: list[Any] = []
+    layer._given = given.append
+    try:
+        policy(probe)
+    finally:
+        layer._given = None
+    known = [ops.convert_to_numpy(x) for x in given if hasattr(x, "numpy")]
+    if any(not np.array_equal(inputs, probe) for inputs in known):
+        raise ValueError(
+            "Expected an ObservationNormalization that is given the "
+            "observations: the first layer of the policy. Received: "
+            f"{layer.name!r}, whose inputs are what another layer has made of "
+            "them"
+        )
+    return layer

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_vo import checks
+from keras_vo import checks, interrupts
 from keras_vo.population import Population
 from keras_vo.replicas.communicator import sum_over_workers
 from keras_vo.replicas.strategies import worker_count
@@ -50,6 +50,8 @@ class Rollouts:
 
     All members play at the same time, with one call of the policy for all of
     them at each time step. Those whose episodes have ended are not stepped.
+
+    Its environments are its own, and not for several threads at once.
 
     By default all members of a generation play the same episodes (the same
     seeds of environments and of action noise: common random numbers), and
@@ -144,8 +146,17 @@ class Rollouts:
             optimizer: a `VOOptimizer`, that of this policy.
 
         Returns:
-            The report of the step; losses are minus the mean returns.
+            The report of the step; losses are minus the mean returns. Those
+            of a member whose outputs were not finite, or whose rewards were
+            NaN, are inf.
+
+        Raises:
+            TypeError: `optimizer` is none.
+            ValueError: no member's outputs are finite, or the environment
+                returns what its spaces do not have.
         """
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer  # of mixed_float16
         if not hasattr(optimizer, "ask"):
             raise TypeError(
                 "Expected a VOOptimizer: `rollouts.step(optimizer)`. Received: "
@@ -171,9 +182,17 @@ class Rollouts:
             )
             if self._budget is not None and steps * workers >= self._budget:
                 break
-        report = optimizer.tell(population, scores, maximize=True)
-        self.interactions += int(sum_over_workers(strategy, steps))
-        self._normalize(strategy, seen)
+        steps = int(sum_over_workers(strategy, steps))
+        if not steps:  # a loop until some time steps have been would not end
+            raise ValueError(
+                "Expected a policy whose outputs are finite numbers for the "
+                "first observations, with the weights of one member at least. "
+                "Received: others from all of them; so no one has acted"
+            )
+        with interrupts.deferred():
+            report = optimizer.tell(population, scores, maximize=True)
+            self.interactions += steps
+            self._normalize(strategy, seen)
         return report
 
     def play(self, population: Population, members: Sequence[int]) -> Episodes:
