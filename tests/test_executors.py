@@ -200,6 +200,7 @@ def test_all_failed():
     )
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupted_between_and_in_the_midst(monkeypatch):
     """Ctrl-C while members are evaluated: no step, and none is begun. While
     the step is taken: it is whole, and the error comes after it."""
@@ -364,6 +365,7 @@ def test_what_others_cancel_is_submitted_again():
     models.assert_same_state(got, search(None, objectives.plain)[0])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_objectives_that_assign_the_variables():
     """One at a time they may; at the same time they would see each other's."""
     variables = [tf.Variable(tf.zeros([3]))]

@@ -595,6 +595,7 @@ def test_mixed_precision_wraps_the_optimizer():
     assert report.updated
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_until_the_statistics_are_those_of_the_step():
     class Interrupted(keras_vo.VOOptimizer):
         def tell(self, *args, **kwargs):
