@@ -201,18 +201,21 @@ class AskTell(SearchSteps):
     def _population(self) -> Population:
         """That of this generation."""
         variables = self._trained()
-        gaussian = self._gaussian(variables)
+        gaussian = self._gaussian(variables, self.measured_sensitivity(None))
         frame = Frame(
             tuple(Weight.of(v) for v in variables), self._layout, self.choice
         )
         means = [mean.numpy() for mean in gaussian.means]
         log_variance = gaussian.log_variance.numpy()
+        sensitivity = gaussian.sensitivity
+        if sensitivity is not None:
+            sensitivity = sensitivity.numpy()
         seeds = Seeds(
             int(_now(self._seed)),
             int(_now(self.generations)),
             self.population_size,
             self.antithetic,
-            fingerprint(frame, means, log_variance),
+            fingerprint(frame, means, log_variance, sensitivity),
         )
         own: Sequence[int] = range(self.population_size)
         if strategies.is_multi_worker(self._strategy):
@@ -225,7 +228,7 @@ class AskTell(SearchSteps):
                 for sign in range(signs)
                 for direction in directions
             ]
-        return Population(frame, means, log_variance, seeds, own)
+        return Population(frame, means, log_variance, sensitivity, seeds, own)
 
     @tf.autograph.experimental.do_not_convert
     def _tell(self, population: Population, results: np.ndarray) -> Found:
@@ -235,6 +238,9 @@ class AskTell(SearchSteps):
             variables,
             [tf.convert_to_tensor(mean) for mean in population.means],
             Recording(variables, self.choice),
+            None
+            if population.sensitivity is None
+            else tf.convert_to_tensor(population.sensitivity),
             probed=True,
         )
         members = search.ask()
@@ -261,13 +267,9 @@ class AskTell(SearchSteps):
         )
 
     def _sigma(self) -> float:
-        """Root mean square of sigma over all weights."""
-        layout = self._layout
-        variances = layout.expand(
-            tf.exp(tf.convert_to_tensor(self._log_variance))
-        )
-        mean = tf.reduce_mean(tf.broadcast_to(variances, [layout.size]))
-        return float(tf.sqrt(mean))
+        """Root mean square of sigma, or sigma / s, over all weights."""
+        stddevs = self._layout.flatten(self.stddevs)
+        return float(tf.sqrt(tf.reduce_mean(tf.square(stddevs))))
 
     def _start_at(self, population: Population) -> None:
         """Sets the variables back to the mean, if a member was evaluated by

@@ -57,6 +57,9 @@ class SearchMonitor(keras.callbacks.Callback):
     - `kl`: divergence between the search distributions before and after the
       step, in nats.
     - `utility_spread`: standard deviation of the members' utilities.
+    - `divergence`: squared distance of a member's outputs from those of mu
+      (`keras_vo.monitor.divergence`), in one of eight steps of `fit`; without
+      sensitivities it would be `divergence_unscaled`.
     - `nonfinite_share`: of the members, those whose loss is not finite.
     - `evaluations`: members evaluated since the monitor is attached, and
       `evaluations_per_second` (the first row's has the tracing of the step).
@@ -66,8 +69,8 @@ class SearchMonitor(keras.callbacks.Callback):
 
     A step without a finite loss moves nothing: its `kl` is 0, and NaN stands
     for its utilities and its gradient. NaN are the cosine of the first step
-    and the SNR of a single direction, too; with noise on activations the SNR is
-    measured in one of eight steps. Means over an epoch leave NaN out.
+    and the SNR of a single direction, too, and (as with noise on activations in
+    seven of eight steps) what is not measured. Means leave NaN out.
 
     The numbers are computed within the step; nothing else about it changes,
     and a step that no monitor watches is the same as ever. They are taken from

@@ -72,11 +72,14 @@ class Frame:
     choice: Choice
 
     def perturbations(
-        self, means: Sequence[tf.Tensor], log_variance: tf.Tensor
+        self,
+        means: Sequence[tf.Tensor],
+        log_variance: tf.Tensor,
+        sensitivity: tf.Tensor | None,
     ) -> Perturbations:
         """How they are perturbed around these means."""
         space = Space(
-            Gaussian(self.layout, list(means), log_variance),
+            Gaussian(self.layout, list(means), log_variance, sensitivity),
             {id(weight): i for i, weight in enumerate(self.weights)},
             adapts=False,
         )
@@ -122,12 +125,13 @@ def _new_maker(frame: Frame) -> Any:
     def make(
         means: list[tf.Tensor],
         log_variance: tf.Tensor,
+        sensitivity: tf.Tensor | None,
         base_seed: tf.Tensor,
         generation: tf.Tensor,
         directions: tf.Tensor,
         signs: tf.Tensor,
     ) -> list[tf.Tensor]:
-        kinds = frame.perturbations(means, log_variance).at(MEMBER)
+        kinds = frame.perturbations(means, log_variance, sensitivity).at(MEMBER)
         drawn = noise_lib.draw_noise(
             base_seed,
             tf.fill(tf.shape(directions), generation),
@@ -144,12 +148,16 @@ def _new_maker(frame: Frame) -> Any:
 
 
 def fingerprint(
-    frame: Frame, means: Sequence[np.ndarray], log_variance: np.ndarray
+    frame: Frame,
+    means: Sequence[np.ndarray],
+    log_variance: np.ndarray,
+    sensitivity: np.ndarray | None,
 ) -> str:
     """Of a search distribution: others have another one."""
     digest = hashlib.blake2b(digest_size=8)
     shapes = [(weight.shape, weight.dtype) for weight in frame.weights]
     digest.update(repr((shapes, frame.layout.groups, frame.choice)).encode())
-    for array in (*means, log_variance):
+    more = () if sensitivity is None else (sensitivity,)
+    for array in (*means, log_variance, *more):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -29,6 +29,7 @@ from keras_vo.search.best import KeepBest
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search.state import Settings
+from keras_vo.sensitivity import checked_sensitivity
 from keras_vo.user_steps import PLAIN_MODEL
 
 __all__ = ["Generation", "VOOptimizer", "find_vo_optimizer"]
@@ -110,6 +111,22 @@ class VOOptimizer(Minimize):
             evaluated where no layer asks for them; nor are those of
             `population_size` where all weights are searched over by noise on
             activations.
+        sensitivity: of each weight, by which its noise is divided, so that
+            noise is small where outputs depend on a weight much (`None`: all
+            1). Sigma is then the root mean square of a layer's noise, and
+            sigma / s that of a weight: see `keras_vo.search.sensitivity`
+            [1, eq. 32-35]. "sum" and "abs": by derivatives of the network's
+            outputs (the loss and the objective are never differentiated), of
+            their mean over the batch, and of the absolute values of those of
+            each example, which takes as many backward passes as there are
+            outputs ("abs": and examples). The last axis of outputs is that of
+            units; positions count as examples. "inputs": by the root mean
+            square of what each row of a kernel is multiplied with, from a
+            forward pass; it works with step activations. Or a callable from
+            the list of variables and the batch's inputs (`None` without a
+            model) to a list of tensors like the variables.
+        sensitivity_period: steps after which it is measured again, from the
+            batch of that step.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
             from Python's `random`, as `keras.utils.set_random_seed` sets it.
         chunk_size: members evaluated at once, at least one draw's. `None`:
@@ -162,6 +179,8 @@ class VOOptimizer(Minimize):
         credit: str = "example",
         position_discount: float = 0.0,
         examples_population_size: int = 16,
+        sensitivity: str | Callable[..., Any] | None = None,
+        sensitivity_period: int = 10,
         seed: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int = 2**29,
@@ -197,6 +216,10 @@ class VOOptimizer(Minimize):
         )
         self.examples_population_size = checks.checked_size(
             "examples_population_size", examples_population_size, antithetic
+        )
+        self.sensitivity = checked_sensitivity(sensitivity)
+        self.sensitivity_period = checks.checked_integer(
+            "sensitivity_period", sensitivity_period
         )
         self.seed = None if seed is None else checks.checked_seed(seed)
         if chunk_size is not None:
@@ -261,6 +284,12 @@ class VOOptimizer(Minimize):
             "position_discount": self.position_discount,
             "rate_by_name": self._rate_by_name,  # the inner one is an object
             "examples_population_size": self.examples_population_size,
+            "sensitivity": (
+                serialize(self.sensitivity)
+                if callable(self.sensitivity)
+                else self.sensitivity
+            ),
+            "sensitivity_period": self.sensitivity_period,
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "memory_budget": self.memory_budget,

@@ -58,6 +58,7 @@ class Population(Sequence[list[np.ndarray]]):
 
     Attributes:
         seeds: what it can be made of again, by `VOOptimizer.ask`.
+        sensitivity: s [d] of the weights, see `VOOptimizer`; `None`: 1.
         own: indices of the members that this process is to evaluate: all, but
             for workers of a MultiWorkerMirroredStrategy, which have a part
             each.
@@ -68,12 +69,14 @@ class Population(Sequence[list[np.ndarray]]):
         frame: Frame,
         means: Sequence[np.ndarray],
         log_variance: np.ndarray,
+        sensitivity: np.ndarray | None,
         seeds: Seeds,
         own: Sequence[int],
     ) -> None:
         self._frame = frame
         self._means = list(means)
         self._log_variance = log_variance
+        self.sensitivity = sensitivity
         self.seeds = seeds
         self.own = own
         self._kept: list[tf.Tensor] | None = None
@@ -110,11 +113,13 @@ class Population(Sequence[list[np.ndarray]]):
         ]
 
     def around(self, other: Population) -> Population:
-        """This population around the means of another one."""
-        frame, beta = self._frame, self._log_variance
-        mark = fingerprint(frame, other.means, beta)
+        """This population around the means of another one, and with its
+        sensitivities.
+        """
+        frame, beta, s = self._frame, self._log_variance, other.sensitivity
+        mark = fingerprint(frame, other.means, beta, s)
         seeds = self.seeds._replace(fingerprint=mark)
-        return Population(frame, other.means, beta, seeds, self.own)
+        return Population(frame, other.means, beta, s, seeds, self.own)
 
     def __getstate__(self) -> dict[str, Any]:
         for weight in self.weights:
@@ -175,6 +180,9 @@ class Population(Sequence[list[np.ndarray]]):
             maker(self._frame)(
                 [tf.convert_to_tensor(mean) for mean in self._means],
                 tf.convert_to_tensor(self._log_variance),
+                None
+                if self.sensitivity is None
+                else tf.convert_to_tensor(self.sensitivity),
                 tf.constant(self.seeds.base_seed, tf.int64),
                 tf.constant(self.seeds.generation, tf.int64),
                 tf.constant(indices % directions, tf.int64),

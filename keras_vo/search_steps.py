@@ -18,6 +18,7 @@ from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.monitor.observer import observed
+from keras_vo.outputs_of_batch import OutputsOfBatch
 from keras_vo.perturbations import registry, together
 from keras_vo.perturbations.base import Space
 from keras_vo.perturbations.choice import Choice
@@ -30,15 +31,16 @@ from keras_vo.search.chunks import NoiseSource
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
 from keras_vo.search.engine import Search
 from keras_vo.search.signal_to_noise import Probe
-from keras_vo.search.state import Judged, Report, SearchState, mean_scale
-from keras_vo.search_variables import SearchVariables
+from keras_vo.search.state import Judged, Report, SearchState, mean_scales
+from keras_vo.search_files import SearchFiles
+from keras_vo.sensitivity import Measurement
 
 __all__ = ["SearchSteps"]
 
 Objective = Callable[[list[tf.Tensor]], Any]
 
 
-class SearchSteps(SearchVariables):
+class SearchSteps(SearchFiles):
     """Variables of a search, with the steps that change them.
 
     Attributes:
@@ -47,6 +49,8 @@ class SearchSteps(SearchVariables):
         convolutions: that of convolutions.
         credit: the level that noise on activations has, at most.
         position_discount: of the credit of later positions.
+        sensitivity: how those of weights are measured; `None`: they are 1.
+        sensitivity_period: in how many generations once.
     """
 
     exchange: str
@@ -54,6 +58,9 @@ class SearchSteps(SearchVariables):
     convolutions: str
     credit: str
     position_discount: float
+    memory_budget: int
+    sensitivity: Any
+    sensitivity_period: int
 
     @property
     def choice(self) -> Choice:
@@ -84,6 +91,7 @@ class SearchSteps(SearchVariables):
         credit_weights: Mapping[str, tf.Tensor] | None = None,
         examples: tf.Tensor | None = None,
         isolation: Isolation | None = None,
+        outputs: OutputsOfBatch | None = None,
         jit_compile: bool = False,
     ) -> Report:
         """Evaluates one generation and updates mu and sigma.
@@ -106,13 +114,17 @@ class SearchSteps(SearchVariables):
             examples: see `Outcomes`.
             isolation: of the members; `None`: that of an objective which is
                 given the weights.
+            outputs: of the network on this batch; `None`: there is none.
             jit_compile: whether XLA compiles the evaluation of the members.
         """
         self._build_outside_of_replicas(variables)
         self._check_same(variables)
         recording = recording or Recording(variables, self.choice)
         search, perturbations = self.search(
-            variables, means or variables, recording
+            variables,
+            means or variables,
+            recording,
+            self.measured_sensitivity(outputs),
         )
         dtype = self._layout.dtype
 
@@ -142,14 +154,42 @@ class SearchSteps(SearchVariables):
                 found.losses, credit_weights or {}, examples, baseline, found
             )
 
-        return self.take(search, search.judged(evaluator))
+        return self.take(search, search.judged(evaluator), outputs)
 
-    def take(self, search: Search, populations: Mapping[str, Judged]) -> Report:
+    def measured_sensitivity(
+        self, outputs: OutputsOfBatch | None
+    ) -> tf.Tensor | None:
+        """s [d] of this generation, measured where it is due; `None`: 1.
+
+        Args:
+            outputs: see `take_step`.
+        """
+        former = self._sensitivity_now()
+        if former is None:
+            return None
+        measurement = Measurement(
+            self.sensitivity,
+            self._trained(),
+            outputs,
+            current_replicas(),
+            self._layout.dtype,
+            self.memory_budget,
+        )
+        due = tf.equal(self.generations % self.sensitivity_period, 0)
+        return measurement.refreshed(due, former)
+
+    def take(
+        self,
+        search: Search,
+        populations: Mapping[str, Judged],
+        outputs: OutputsOfBatch | None = None,
+    ) -> Report:
         """Updates mu and sigma by what was found of a generation.
 
         Args:
             search: as it is now.
             populations: by level.
+            outputs: see `take_step`.
         """
         variables = self._trained()
         moved = self._moved(variables)
@@ -164,7 +204,11 @@ class SearchSteps(SearchVariables):
             report = search.tell(populations, move_mean)
             self._take(search, report, variables, before)
             if self.observer is not None:
-                self.observer.observe(observed(search, report, moved))
+                self.observer.observe(observed(search, report, moved, outputs))
+            if self._sensitivity is not None:
+                self.assign(
+                    self._sensitivity, search.state.gaussian.sensitivity
+                )
             with tf.control_dependencies([report.losses]):
                 self.assign_add(self.generations, 1)
         return report
@@ -174,6 +218,7 @@ class SearchSteps(SearchVariables):
         variables: Sequence[Any],
         means: Sequence[Any],
         recording: Recording,
+        sensitivity: tf.Tensor | None,
         probed: bool = False,
     ) -> tuple[Search, Perturbations]:
         """The search as it is now, and how it perturbs the variables.
@@ -182,13 +227,14 @@ class SearchSteps(SearchVariables):
             variables: those, or what stands for them.
             means: mu, their values.
             recording: of the mean network's pass.
+            sensitivity: s [d] of this generation; `None`: 1.
             probed: whether its gradient is measured, even if no one observes.
         """
         positions = {id(v): i for i, v in enumerate(variables)}
         sites = together.sites(recording, positions)
         scale = self._scale_of(sites) if sites else None
         state = SearchState(
-            self._gaussian(means),
+            self._gaussian(means, sensitivity),
             tf.convert_to_tensor(self._seed),
             tf.convert_to_tensor(self.generations),
             tf.convert_to_tensor(self.iterations),
@@ -199,7 +245,7 @@ class SearchSteps(SearchVariables):
         probe = None
         if probed or self.observer is not None:
             every = 1 if self.observer is None else self.observer.every
-            scales = self._layout.per_tensor(mean_scale(self._settings, state))
+            scales = mean_scales(self._settings, state)
             probe = Probe(scales, state.generation, every)
         space = Space(
             state.gaussian,

@@ -7,7 +7,6 @@ its steps.
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +14,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_vo import checks, precision, saved_search
+from keras_vo import checks, precision
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo.constraints import constraint_of
 from keras_vo.monitor.observer import StepObserver
 from keras_vo.replicas import strategies
-from keras_vo.search import noise
 from keras_vo.search.gaussian import Gaussian, stddev_of
 from keras_vo.search.layout import layer_groups, layer_names
 from keras_vo.search.state import Settings
@@ -42,6 +40,7 @@ class SearchVariables(keras.optimizers.Optimizer):
     search_distribution: GaussianSearchDistribution
     seed: int | None
     population_size: int
+    sensitivity: Any
     _rate_by_name: float | None
     _trained: Callable[[], list[Any]]
 
@@ -49,8 +48,6 @@ class SearchVariables(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self._strategy = strategies.current_strategy()
         self.observer: StepObserver | None = None
-        self._model_weights: Callable[[], list[Any]] | None = None
-        self._wrapped = False
         self._kept_means: dict[str, Any] = {}
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
@@ -113,6 +110,10 @@ class SearchVariables(keras.optimizers.Optimizer):
             name: self._add_state(name, value)
             for name, value in self._initial_rule_state().items()
         }
+        self._sensitivity = None
+        if self.sensitivity is not None:
+            ones = tf.ones([self._layout.size], self._layout.dtype)
+            self._sensitivity = self._add_state("sensitivity", ones)
         super().build(variables)
         if self.observer is not None:
             self.observer.build(self._layout, *self._layers)
@@ -219,6 +220,12 @@ class SearchVariables(keras.optimizers.Optimizer):
         return super().iterations
 
     @property
+    def dtype_of_search(self) -> tf.DType:
+        """Of noise and of what is computed of it."""
+        self._check_built("dtype_of_search")
+        return self._layout.dtype
+
+    @property
     def base_seed(self) -> Any:
         """The variable that seeds all noise, a scalar int64."""
         self._check_built("base_seed")
@@ -235,14 +242,20 @@ class SearchVariables(keras.optimizers.Optimizer):
 
     @property
     def stddevs(self) -> list[tf.Tensor]:
-        """Current sigma, a tensor of each trainable variable's shape.
+        """Current sigma, a tensor of each trainable variable's shape; with
+        sensitivities s, sigma / s.
 
         Raises:
             ValueError: the optimizer is not built yet.
         """
         self._check_built("stddevs")
-        beta = tf.convert_to_tensor(self._log_variance)
-        return Gaussian(self._layout, [], beta).stddevs
+        return self._gaussian_around([], self._sensitivity_now()).stddevs
+
+    def _sensitivity_now(self) -> tf.Tensor | None:
+        """s [d], as it is; `None`: 1."""
+        if self._sensitivity is None:
+            return None
+        return tf.convert_to_tensor(self._sensitivity)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         self.inner_optimizer.finalize_variable_values(self._moved(var_list))
@@ -257,92 +270,26 @@ class SearchVariables(keras.optimizers.Optimizer):
                 "Received: an optimizer that is not built"
             )
 
-    def _gaussian(self, weights: Sequence[Any]) -> Gaussian:
-        """The search distribution where the variables have these values."""
+    def _gaussian(
+        self, weights: Sequence[Any], sensitivity: tf.Tensor | None
+    ) -> Gaussian:
+        """The search distribution where the variables have these values.
+
+        Args:
+            weights: those.
+            sensitivity: s [d]; `None`: 1.
+        """
         means = [tf.convert_to_tensor(weight) for weight in weights]
         for i, mean in enumerate(means):
             if (kept := self._kept_means.get(_key(i))) is not None:
                 means[i] = precision.kept(tf.convert_to_tensor(kept), mean)
+        return self._gaussian_around(means, sensitivity)
+
+    def _gaussian_around(
+        self, means: list[tf.Tensor], sensitivity: tf.Tensor | None
+    ) -> Gaussian:
         beta = tf.convert_to_tensor(self._log_variance)
-        return Gaussian(self._layout, means, beta)
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes the search, unless what wraps this optimizer does."""
-        if not self._wrapped:
-            self.write_search(store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Restores the search, unless what wraps this optimizer does."""
-        if not self._wrapped:
-            self.read_search(store)
-
-    def belong_to(self, model: Any) -> None:
-        """Tells which model's weights are trained, before it is saved or
-        loaded.
-
-        Under mixed_float16 Keras puts a LossScaleOptimizer around this one. It
-        would save and load all variables by position: it gets those of the
-        search, by name, instead.
-
-        Args:
-            model: whose `optimizer` is this one, or wraps it.
-        """
-        self._model_weights = lambda: model.weights
-        wrapper = model.optimizer
-        if wrapper is not self:
-            self._wrapped = True
-            wrapper.save_own_variables = self.write_search
-            wrapper.load_own_variables = self.read_search
-
-    def write_search(self, store: Any) -> None:
-        """Writes the search, by name."""
-        variables = self._named_variables() if self.built else {}
-        saved_search.save(store, self._manifest(), variables)
-
-    def read_search(self, store: Any) -> None:
-        """Restores the search; where it does not fit, warns and leaves it."""
-        if self.built:
-            newer = [
-                id(variable)
-                for name, variable in self._rule_state.items()
-                if name in saved_search.NEWER
-            ]
-            former = [v for v in self.variables if id(v) not in newer]
-            problems = saved_search.restore(
-                store, self._manifest(), self._named_variables(), former
-            )
-        else:
-            problems = saved_search.restore(store, self._manifest(), {}, [])
-        if problems:
-            warnings.warn(
-                "The weights are loaded, but not the state of the search, "
-                f"which does not fit: {'; '.join(problems)}. A new search "
-                "starts from these weights.",
-                stacklevel=2,
-            )
-
-    def _named_variables(self) -> dict[str, Any]:
-        own = {
-            "generations": self.generations,
-            "seed": self._seed,
-            "log_variance": self._log_variance,
-            **self._kept_means,
-            **self._rule_state,
-        }
-        inner = self.inner_optimizer.variables
-        moved = self._moved(self._trained())
-        return saved_search.named_variables(own, inner, moved)
-
-    def _manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = {
-            "noise": noise.GENERATOR,
-            "inner_optimizer": type(self.inner_optimizer).__name__,
-            "variance": self.search_distribution.variance,
-        }
-        if self._model_weights is not None and self.built:
-            order = {id(v): i for i, v in enumerate(self._model_weights())}
-            manifest["weights"] = [order.get(id(v)) for v in self._trained()]
-        return manifest
+        return Gaussian(self._layout, means, beta, sensitivity)
 
 
 def _key(index: int) -> str:

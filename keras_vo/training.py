@@ -19,6 +19,7 @@ from keras_vo.keras_compat import (
 )
 from keras_vo.losses_of_batch import LossesOfBatch
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
+from keras_vo.outputs_of_batch import OutputsOfBatch
 from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.calls import densified
 from keras_vo.perturbations.scope import Recording
@@ -126,6 +127,15 @@ class VOTrainStep(StepFunctions):
             credit_weights=credit_weights,
             examples=examples,
             isolation=isolation,
+            outputs=OutputsOfBatch(
+                self,
+                x,
+                state,
+                means,
+                y_pred,
+                examples,
+                optimizer.dtype_of_search,
+            ),
             jit_compile=self.jit_compile,
         )
         self._holds_members = isolation.holds

@@ -356,6 +356,71 @@ def test_the_natural_step_of_sigma(structure, float64):
     assert_mean(np.stack(by_layer, axis=1), want, 0.35)
 
 
+def graded(variables, inputs):
+    """Sensitivities, of which no two of a layer are equal."""
+    return [
+        tf.reshape(tf.linspace(1.0, 3.0, int(np.prod(v.shape))), v.shape)
+        for v in variables
+    ]
+
+
+@pytest.mark.parametrize(
+    "structure, antithetic",
+    [("fixed", True), ("isotropic", False), ("layerwise", True)]
+    + [("separable", False)],
+)
+def test_with_sensitivities_it_is_unbiased(structure, antithetic, float64):
+    """f = sum_i t_i Z_i + Z_i^2 at mu = .5, and sum_i Z_i^2 at mu = 0, where
+
+        dU/dmu_ji   = <x_j (t_i + 2 Z_i)>,
+        dU/dbeta_ji = <x_j^2> sigma_ji^2, summed where weights share beta,
+
+    with means over examples and sigma_ji = .3 / s_ji. Of low rank, single
+    variances are changed by row and by column only. As above: 6 standard
+    errors of 40 blocks, at most 88 numbers.
+    """
+    model = all_kinds(
+        structure,
+        antithetic=antithetic,
+        natural_gradient=False,
+        sensitivity=graded,
+    )
+    model.set_weights([np.full(w.shape, 0.5) for w in model.get_weights()])
+    model.optimizer.learning_rate = 1e-8  # stays there
+    x, y, _ = slopes()
+    y[:, -1] = 1.0
+    kernels = [v.shape for v in model.trainable_variables]
+    units = np.cumsum([m for _, m in kernels])[:-1]
+    outputs = x @ np.full((INPUTS, sum(UNITS.values())), 0.5)
+    want_mean = np.split(x.T @ (y[:, :-1] + 2 * outputs) / len(x), units, 1)
+    means, _ = changes(model, x, y)
+    assert_mean(means / 1e-8, np.concatenate(list(map(np.ravel, want_mean))), 1)
+    if structure == "fixed":
+        return
+    model.set_weights([np.zeros(w.shape) for w in model.get_weights()])
+    y[:, :-1] = 0.0
+    _, betas = changes(model, x, y)
+    sigma = [s.numpy() for s in model.optimizer.stddevs]
+    want = [(x**2).mean(0)[:, None] * s**2 for s in sigma]
+    if structure == "separable":
+        low = list(KINDS).index("low_rank")
+        w = want[low]
+        rows, columns = w.mean(1, keepdims=True), w.mean(0, keepdims=True)
+        want[low] = rows + columns - w.mean()
+        want = np.concatenate([np.ravel(w) for w in want])
+    else:
+        want = np.array([w.sum() for w in want])
+        if structure == "isotropic":
+            want = np.full(len(KINDS), want.sum())
+        sizes = np.cumsum([n * m for n, m in kernels])[:-1]
+        blocks = np.split(betas, sizes, axis=1)
+        betas = np.stack([b.mean(1) for b in blocks], axis=1)
+    error = betas.std(0, ddof=1) / len(betas) ** 0.5 / 1e-4
+    assert np.all(np.abs(betas.mean(0) / 1e-4 - want) < 6 * error)
+    seen = 0.25 * want.max() if structure == "separable" else want
+    assert np.all(6 * error < seen)
+
+
 # --- sigma tends to 0 ---
 
 

@@ -261,13 +261,11 @@ def test_step_kl_is_kl_divergence(structure):
         expand(tf.constant(beta)),
         expand(tf.constant(new_beta)),
     )
-    got = gaussian.step_kl(
-        weights.unflatten(tf.constant(mean)),
-        weights.unflatten(tf.constant(new_mean)),
-        tf.constant(beta),
-        tf.constant(new_beta),
-        weights,
+    search = gaussian.Gaussian(
+        weights, weights.unflatten(tf.constant(mean)), tf.constant(beta)
     )
+    new_means = weights.unflatten(tf.constant(new_mean))
+    got = gaussian.step_kl(search, new_means, tf.constant(new_beta))
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 

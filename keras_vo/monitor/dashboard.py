@@ -34,6 +34,7 @@ class _Panel:
         log: whether that is logarithmic.
         level: where a line marks what a value of it means, and that.
         limits: of the axis, where they are known.
+        other: a column that is drawn too where it differs, and its meaning.
     """
 
     column: str
@@ -42,6 +43,7 @@ class _Panel:
     log: bool = False
     level: tuple[float, str] | None = None
     limits: tuple[float, float] | None = None
+    other: tuple[str, str] | None = None
 
 
 _PANELS = (
@@ -61,6 +63,13 @@ _PANELS = (
     _Panel("kl", "KL divergence of a step", "nats", log=True),
     _Panel("parameter_norm", "Weights (mean)", "norm"),
     _Panel("utility_spread", "Utilities", "standard deviation"),
+    _Panel(
+        "divergence",
+        "Divergence of a member's outputs",
+        "squared distance",
+        log=True,
+        other=("divergence_unscaled", "without sensitivities"),
+    ),
     _Panel(
         "nonfinite_share",
         "Members without a finite loss",
@@ -82,13 +91,14 @@ def draw(history: History, path: str) -> None:
     from matplotlib.figure import Figure
 
     columns = {name: np.asarray(v, float) for name, v in history.items()}
-    figure = Figure(figsize=(14, 9), layout="constrained")
+    figure = Figure(figsize=(22, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 3, sharex=True)
+    axes = figure.subplots(2, 5, sharex=True)
     steps = columns["step"]
     _draw_sigma(axes[0, 0], steps, columns)
     for axis, panel in zip(axes.flat[1:], _PANELS, strict=True):
-        _draw_panel(axis, steps, columns[panel.column], panel)
+        other = columns[panel.other[0]] if panel.other else None
+        _draw_panel(axis, steps, columns[panel.column], panel, other)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(
@@ -143,7 +153,11 @@ def _draw_sigma(
 
 
 def _draw_panel(
-    axis: Any, steps: np.ndarray, values: np.ndarray, panel: _Panel
+    axis: Any,
+    steps: np.ndarray,
+    values: np.ndarray,
+    panel: _Panel,
+    other: np.ndarray | None = None,
 ) -> None:
     if panel.unit == "%":
         values = 100.0 * values
@@ -160,6 +174,16 @@ def _draw_panel(
         return
     # Without gaps where a number is not measured in each step.
     axis.plot(steps[known], values[known], _marker(steps[known]))
+    if (
+        other is not None
+        and panel.other
+        and np.any(other[known] != values[known])
+    ):
+        label = panel.other[1]
+        axis.plot(
+            steps[known], other[known], _marker(steps[known]), label=label
+        )
+        axis.legend(fontsize="small", framealpha=0.6)
     if panel.limits is not None:
         axis.set_ylim(panel.limits)
     _scale(axis, values[known], panel.log)

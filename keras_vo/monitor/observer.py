@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_vo.monitor.divergence import DIVERGENCES, Outputs, divergences
 from keras_vo.replicas import strategies
 from keras_vo.search.credit import Pooled, all_losses
 from keras_vo.search.engine import Search
 from keras_vo.search.estimators import Direction
-from keras_vo.search.gaussian import stddev_of, step_kl
+from keras_vo.search.gaussian import Gaussian, stddev_of, step_kl
 from keras_vo.search.layout import WeightLayout
-from keras_vo.search.signal_to_noise import signal_to_noise
+from keras_vo.search.signal_to_noise import looks_now, signal_to_noise
 from keras_vo.search.state import Report
 
 __all__ = [
@@ -47,6 +48,7 @@ NUMBERS = (
     "gradient_snr",
     "kl",
     "utility_spread",
+    *DIVERGENCES,
     "nonfinite_share",
     "evaluations",
 )
@@ -58,28 +60,33 @@ class ObservedStep(NamedTuple):
     """What a step of the search hands to its observer.
 
     Attributes:
-        layout: of the weights.
+        gaussian: before the step.
         generation: number of populations before this one.
-        means: the weight tensors mu before the step.
-        new_means: those after it.
-        log_variance: beta [groups] before the step.
+        new_means: the weight tensors mu after the step.
         new_log_variance: beta [groups] after it.
         direction: that of the mean is as the inner optimizer gets it.
         signs: members of a direction.
         pooled: what was found of the members, by level.
         variables: indices of those that they perturb, alike.
+        base_seed: of the search.
+        outputs: of the network on the batch; `None`: there is none.
     """
 
-    layout: WeightLayout
+    gaussian: Gaussian
     generation: tf.Tensor
-    means: list[tf.Tensor]
     new_means: list[tf.Tensor]
-    log_variance: tf.Tensor
     new_log_variance: tf.Tensor
     direction: Direction
     signs: int
     pooled: Mapping[str, Pooled]
     variables: Mapping[str, Sequence[int]]
+    base_seed: tf.Tensor
+    outputs: Outputs | None = None
+
+    @property
+    def layout(self) -> WeightLayout:
+        """Of the weights."""
+        return self.gaussian.layout
 
     @property
     def losses(self) -> tf.Tensor:
@@ -93,7 +100,10 @@ class ObservedStep(NamedTuple):
 
 
 def observed(
-    search: Search, report: Report, variables: Sequence[Any]
+    search: Search,
+    report: Report,
+    variables: Sequence[Any],
+    outputs: Outputs | None = None,
 ) -> ObservedStep:
     """A step as its observer sees it.
 
@@ -101,14 +111,13 @@ def observed(
         search: before the step.
         report: of the step.
         variables: mu, after it.
+        outputs: of the network on the batch; `None`: there is none.
     """
     gaussian = search.state.gaussian
     return ObservedStep(
-        gaussian.layout,
+        gaussian,
         search.state.generation,
-        gaussian.means,
         [tf.convert_to_tensor(v) for v in variables],
-        gaussian.log_variance,
         tf.where(
             report.any_finite,
             report.proposal.log_variance,
@@ -121,6 +130,8 @@ def observed(
             level: search.perturbations.at(level).variables
             for level in report.pooled
         },
+        search.state.base_seed,
+        outputs,
     )
 
 
@@ -193,6 +204,10 @@ class StepObserver:
     def _keep(self, step: ObservedStep) -> None:
         rows = tf.convert_to_tensor(self._rows)
         numbers = _numbers(step, tf.convert_to_tensor(self._previous))
+        seeds = (step.base_seed, step.generation)
+        now = looks_now(step.generation, self.every)
+        found = divergences(step.gaussian, step.outputs, seeds, now)
+        numbers |= dict(zip(DIVERGENCES, found, strict=True))
         numbers["evaluations"] = tf.convert_to_tensor(self._evaluations)
         after = tf.stack([numbers[name] for name in NUMBERS[1:]])
         sigma = self._sigmas(step)
@@ -215,11 +230,15 @@ class StepObserver:
 
     def _sigmas(self, step: ObservedStep) -> tf.Tensor:
         """Least, median and largest sigma of each layer, [3 layers]."""
-        if step.layout.groups is not None:
+        sensitivity = step.gaussian.sensitivity
+        if step.layout.groups is not None and sensitivity is None:
             groups = [step.layout.groups[layer[0]] for layer in self._layers]
             beta = tf.gather(step.new_log_variance, np.repeat(groups, 3))
             return stddev_of(beta)
         parts = step.layout.per_tensor(step.new_log_variance)
+        if sensitivity is not None:
+            after = step.gaussian.over_squares(tf.exp(step.new_log_variance))
+            parts = [tf.math.log(variance) for variance in after]
         values = []
         for layer in self._layers:
             flat = [tf.reshape(parts[i], [-1]) for i in layer]
@@ -275,13 +294,7 @@ def _numbers(step: ObservedStep, previous: tf.Tensor) -> dict[str, tf.Tensor]:
 
 def kl_of(step: ObservedStep) -> tf.Tensor:
     """KL divergence of the step in nats, a scalar float64."""
-    return step_kl(
-        step.means,
-        step.new_means,
-        step.log_variance,
-        step.new_log_variance,
-        step.layout,
-    )
+    return step_kl(step.gaussian, step.new_means, step.new_log_variance)
 
 
 def _count(where: tf.Tensor) -> tf.Tensor:

@@ -28,7 +28,7 @@ from keras_vo.perturbations.calls import (
 from keras_vo.perturbations.contraction import Contraction
 from keras_vo.perturbations.windows import Windows
 
-__all__ = ["entered"]
+__all__ = ["call_of", "entered"]
 
 _KERNELS = ("kernel", "embeddings", "gamma", "scale")
 
@@ -62,9 +62,9 @@ def _perturbed(
         _is_searched(layer, current)
         or (shares and isinstance(layer, keras.layers.Dense))
     ):
-        make = next(f for cls, f in _CALLS.items() if isinstance(layer, cls))
-        if make is not _convolution or current.choice.convolutions != "full":
-            call = make(layer, own, current.read, args, kwargs)
+        convolution = _maker(layer) is _convolution
+        if not convolution or current.choice.convolutions != "full":
+            call = call_of(layer, own, current.read, args, kwargs)
     if call is not None and isinstance(call, kind.automatic):
         outputs = current.call(kind, call)
     if outputs is None and shares and isinstance(call, DenseCall):
@@ -73,6 +73,26 @@ def _perturbed(
         return own(*args, **kwargs)
     activation = getattr(layer, "activation", None)
     return outputs if activation is None else activation(outputs)
+
+
+def call_of(
+    layer: Any, own: Any, read: Any, args: Any, kwargs: Any
+) -> LayerCall | None:
+    """A call of a layer of `keras_compat.layer_calls.CLASSES`; `None`: it is
+    not linear in its kernel.
+
+    Args:
+        layer: it.
+        own: its own `call`, with the arguments that follow.
+        read: from a variable to its value.
+        args: of the call.
+        kwargs: of the call.
+    """
+    return _maker(layer)(layer, own, read, args, kwargs)
+
+
+def _maker(layer: Any) -> Callable[..., LayerCall | None]:
+    return next(f for cls, f in _CALLS.items() if isinstance(layer, cls))
 
 
 def _leave_what_is_before(inputs: Any, current: scope.Recording) -> None:

@@ -48,6 +48,8 @@ class Full(Perturbation):
 
     def _expanded(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
         """A number or tensor for each variable, by weight."""
+        if any(value.shape.rank for value in values):
+            return self._layout.flatten(values)
         return self._layout.expand(self._layout.by_group(values))
 
     def member(

@@ -306,7 +306,8 @@ class LocalReparam(Perturbation):
         for number, (weights, _) in enumerate(self._sites):
             for i in weights:
                 values = [sums[f"mean/{number}/{i}"]]
-                values.append(sums[f"fisher/{number}/{i}"])
+                # Not there of single weights where sigma is fixed.
+                values.append(sums.get(f"fisher/{number}/{i}", count))
                 if self._adapts:
                     values.append(sums[f"log_variance/{number}/{i}"])
                 mean, fisher, *beta = (

@@ -53,6 +53,7 @@ class _Kernel:
         rank: r.
         mean: W, [in, out].
         stddev: sigma, a scalar or [in, out].
+        shared: whether the kernel has a single log variance.
         formed: whether a member's W + sigma E is formed for each call.
         factor: what the score becomes the optimizer's gradient with, if that
             is measured.
@@ -63,6 +64,7 @@ class _Kernel:
     rank: int
     mean: tf.Tensor
     stddev: tf.Tensor
+    shared: bool
     formed: bool
     factor: tf.Tensor | None
 
@@ -70,11 +72,6 @@ class _Kernel:
     def size(self) -> int:
         """Number of normals of a direction: A, then B."""
         return self.rank * sum(self.mean.shape)
-
-    @property
-    def shared(self) -> bool:
-        """Whether the kernel has a single variance."""
-        return self.stddev.shape.rank == 0
 
     @property
     def fisher(self) -> float:
@@ -124,6 +121,7 @@ class LowRank(Perturbation):
                     call.options.get("rank", 1),
                     _matrix(gaussian.means[index]),
                     stddev,
+                    gaussian.layout.groups is not None,
                     not _is_factored(call, stddev),
                     factor,
                 )

@@ -269,15 +269,22 @@ class Perturbations:
             fisher = tf.cast(fisher, layout.dtype)
             if layout.groups is None:
                 fisher = tf.broadcast_to(fisher, layout.shapes[i])
-            fishers[i].append(fisher)
+            # Of weights that share a variance: the sum of theirs.
+            shared = layout.groups is not None
+            fishers[i].append(_total(fisher) if shared else fisher)
             if beta is not None:
-                betas[i].append(beta)
+                betas[i].append(_total(beta) if shared else beta)
         mean_gradient = tf.concat([tf.add_n(m) for m in means], axis=0)
         fisher = layout.by_group([tf.add_n(f) for f in fishers])
         beta_gradient = tf.zeros_like(fisher)
         if adapts:
             beta_gradient = layout.by_group([tf.add_n(b) for b in betas])
         return Direction(mean_gradient, beta_gradient, fisher)
+
+
+def _total(values: tf.Tensor) -> tf.Tensor:
+    """The sum of what is said of single weights; a scalar as it is."""
+    return tf.reduce_sum(values) if values.shape.rank else values
 
 
 def settle(recording: Recording, read: Sequence[tf.Tensor]) -> None:

@@ -70,6 +70,26 @@ class Windows:
             padded.append((before, after))
         return cls(kernel, outputs, strides, dilations, padded)
 
+    def row_sums(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Sums over examples and positions of `of_inputs`, like the kernel:
+        [*kernel, channels].
+        """
+        summed = tf.pad(tf.reduce_sum(inputs, axis=0), [*self.padding, (0, 0)])
+        for i, (count, k, stride, dilation) in enumerate(
+            zip(
+                self.outputs,
+                self.kernel,
+                self.strides,
+                self.dilations,
+                strict=True,
+            )
+        ):
+            starts = dilation * np.arange(k)
+            places = np.add.outer(starts, stride * np.arange(count))
+            summed = tf.gather(summed, places, axis=i)
+            summed = tf.reduce_sum(summed, axis=i + 1)
+        return summed
+
     def of_inputs(self, inputs: tf.Tensor) -> tf.Tensor:
         """Inputs [batch, *sizes, channels] as [batch, *outputs, row].
 

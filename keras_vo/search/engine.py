@@ -32,7 +32,6 @@ from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
-from keras_vo.search.layout import WeightLayout
 from keras_vo.search.members import Members, Shard
 from keras_vo.search.rules import Best, Proposal, State, Step
 from keras_vo.search.signal_to_noise import Probe
@@ -43,7 +42,7 @@ from keras_vo.search.state import (
     Report,
     SearchState,
     Settings,
-    mean_scale,
+    preconditioned,
 )
 
 __all__ = ["Search"]
@@ -312,10 +311,8 @@ class Search:
         """The gradients that steps go down, natural if they are to be."""
         if not self.settings.natural_gradient:
             return direction
-        layout: WeightLayout = self.state.gaussian.layout
-        scale = mean_scale(self.settings, self.state)
         return direction._replace(
-            mean=layout.expand(scale) * direction.mean,
+            mean=preconditioned(self.settings, self.state, direction.mean),
             log_variance=estimators.natural_log_variance_gradient(
                 direction.log_variance, direction.fisher
             ),

@@ -153,7 +153,7 @@ class FollowMean:
         grown = self._next_growth(step, state).log_variance(self._most_grown)
         lift = lifted(
             grown,
-            proposal.mean - self._average(step, state),
+            step.gaussian.scaled(proposal.mean - self._average(step, state)),
             step.gaussian.layout,
             self.blocks,
             self.population_size,
@@ -274,7 +274,7 @@ def lifted(
 
     Args:
         base: log s^2, [groups] of `layout`.
-        distance: mu' - m, [d].
+        distance: s (mu' - m), [d], see `Gaussian`.
         layout: which weights share a variance.
         blocks: which weights belong to a block, each a union of groups.
         population_size: N, see `follows`.

@@ -43,15 +43,21 @@ def log_variance_of(stddev: float) -> float:
 class Gaussian:
     """A search distribution over a list of weight tensors.
 
+    With sensitivities s it is N(mu, sigma^2 / s^2): weights that share sigma
+    have standard deviations of their own, sigma / s. What is said of
+    "standard deviations" and "variances" here is theirs.
+
     Attributes:
         layout: of the weights.
         means: mu, a tensor for each of them.
         log_variance: beta, [groups].
+        sensitivity: s, [d]; `None`: 1.
     """
 
     layout: WeightLayout
     means: list[tf.Tensor]
     log_variance: tf.Tensor
+    sensitivity: tf.Tensor | None = None
 
     @functools.cached_property
     def mean(self) -> tf.Tensor:
@@ -65,32 +71,63 @@ class Gaussian:
 
     @functools.cached_property
     def variances(self) -> list[tf.Tensor]:
-        """sigma^2 of each weight tensor: shaped like it, or a scalar where its
-        weights share one.
+        """sigma^2 / s^2 of each weight tensor: shaped like it, or a scalar
+        where its weights share one.
         """
-        return self.layout.per_tensor(tf.exp(self.log_variance))
+        return self.over_squares(tf.exp(self.log_variance))
+
+    def over_squares(self, values: tf.Tensor) -> list[tf.Tensor]:
+        """One value a group, [groups], over s^2: for each weight tensor, in
+        the shapes of `variances`.
+        """
+        parts = self.layout.per_tensor(values)
+        if self.sensitivity is None:
+            return parts
+        return [
+            value / tf.square(s)
+            for value, s in zip(parts, self._sensitivities, strict=True)
+        ]
+
+    @property
+    def _sensitivities(self) -> list[tf.Tensor]:
+        """s of each weight tensor."""
+        layout = self.layout
+        return [
+            tf.reshape(part, shape)
+            for part, shape in zip(
+                layout.split(self.sensitivity), layout.shapes, strict=True
+            )
+        ]
 
     @functools.cached_property
     def tensor_stddevs(self) -> list[tf.Tensor]:
-        """sigma, in the shapes of `variances`."""
+        """sigma / s, in the shapes of `variances`."""
         return [tf.sqrt(variance) for variance in self.variances]
 
     @property
     def stddevs(self) -> list[tf.Tensor]:
-        """sigma of each weight, in the shapes and dtypes of the weights."""
+        """sigma / s of each weight, in the shapes and dtypes of the weights."""
         layout = self.layout
         by_weight = tf.broadcast_to(layout.expand(self.stddev), [layout.size])
+        if self.sensitivity is not None:
+            by_weight = by_weight / self.sensitivity
         return layout.unflatten(by_weight)
 
+    def scaled(self, change: tf.Tensor) -> tf.Tensor:
+        """s times a change of the mean [d], whose sigma is then its group's."""
+        if self.sensitivity is None:
+            return change
+        return self.sensitivity * change
+
     def kl(self, mean_change: tf.Tensor, log_variance: tf.Tensor) -> tf.Tensor:
-        """KL(this || N(mu + mean_change, sigma'^2)) in nats, a scalar.
+        """KL(this || N(mu + mean_change, sigma'^2 / s^2)) in nats, a scalar.
 
         Args:
             mean_change: [d].
             log_variance: beta', [groups].
         """
         return kl_divergence(
-            mean_change,
+            self.scaled(mean_change),
             self.layout.expand(self.log_variance),
             self.layout.expand(log_variance),
         )
@@ -118,32 +155,35 @@ def kl_divergence(
 
 
 def step_kl(
-    means: Sequence[tf.Tensor],
+    gaussian: Gaussian,
     new_means: Sequence[tf.Tensor],
-    log_variance: tf.Tensor,
     new_log_variance: tf.Tensor,
-    layout: WeightLayout,
 ) -> tf.Tensor:
     """KL of a step, eq. (14) of [1], by group: a scalar float64.
 
     `kl_divergence` of the same step, but with one logarithm for each variance
     instead of for each weight:
 
-        sum_g D_g (exp(x_g) - 1 - x_g) / 2 + |mu'_g - mu_g|^2 / (2 sigma'_g^2)
+        sum_g D_g (exp(x_g) - 1 - x_g) / 2
+              + |s (mu'_g - mu_g)|^2 / (2 sigma'_g^2)
 
     with x = beta - beta'.
 
     Args:
-        means: the weight tensors before the step.
-        new_means: those after it.
-        log_variance: beta, [groups].
+        gaussian: before the step.
+        new_means: the weight tensors after it.
         new_log_variance: beta', [groups].
-        layout: which weights share a variance.
     """
+    layout, log_variance = gaussian.layout, gaussian.log_variance
     changes = [
         tf.cast(new, layout.dtype) - tf.cast(old, layout.dtype)
-        for old, new in zip(means, new_means, strict=True)
+        for old, new in zip(gaussian.means, new_means, strict=True)
     ]
+    if gaussian.sensitivity is not None:
+        changes = [
+            s * change
+            for s, change in zip(gaussian._sensitivities, changes, strict=True)
+        ]
     if layout.groups is None:
         sizes = tf.ones([], layout.dtype)
         squares = layout.by_group([tf.square(x) for x in changes])

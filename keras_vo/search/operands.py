@@ -44,6 +44,11 @@ class Operand(Protocol):
         its weights share one variance.
         """
 
+    def row_squares(self, inputs: tf.Tensor) -> tf.Tensor:
+        """sum A^2 of the flat inputs of each row, broadcasts against the
+        kernel.
+        """
+
     def columns(
         self, inputs: tf.Tensor, score: tf.Tensor, units: tf.Tensor
     ) -> tf.Tensor:
@@ -88,6 +93,9 @@ class Matrix:
             return variance * tf.reduce_sum(shared)
         return variance * tf.linalg.matmul(squares, score, transpose_a=True)
 
+    def row_squares(self, inputs: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(inputs), axis=0)[:, None]
+
     def columns(
         self, inputs: tf.Tensor, score: tf.Tensor, units: tf.Tensor
     ) -> tf.Tensor:
@@ -131,6 +139,10 @@ class Rows:
             return variance * tf.reduce_sum(score)
         return variance * self.sums(inputs, score)
 
+    def row_squares(self, inputs: tf.Tensor) -> tf.Tensor:
+        counts = tf.math.bincount(inputs, minlength=self.rows)
+        return counts[: self.rows, None]
+
     def columns(
         self, inputs: tf.Tensor, score: tf.Tensor, units: tf.Tensor
     ) -> tf.Tensor:
@@ -162,6 +174,9 @@ class Diagonal:
     ) -> tf.Tensor:
         summed = variance * tf.reduce_sum(tf.square(inputs) * score, axis=0)
         return tf.reduce_sum(summed) if variance.shape.rank == 0 else summed
+
+    def row_squares(self, inputs: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.square(inputs), axis=0)
 
     def columns(
         self, inputs: tf.Tensor, score: tf.Tensor, units: tf.Tensor

@@ -51,6 +51,7 @@ from keras_vo.search.members import Members
 __all__ = [
     "EVERY",
     "Probe",
+    "looks_now",
     "signal_to_noise",
 ]
 
@@ -74,14 +75,24 @@ class Probe(NamedTuple):
     @property
     def looks_at_columns(self) -> tf.Tensor:
         """Whether it does in this step: see `EVERY`."""
-        every = -(-EVERY // self.every) * self.every
-        return (self.generation + 1) % every == 0
+        return looks_now(self.generation, self.every)
 
     def ids(self, members: Members, population: int) -> tf.Tensor:
         """Numbers [directions] of those of some members, counted over
         generations of `population` directions.
         """
         return members.generation * population + members.index
+
+
+def looks_now(generation: tf.Tensor, every: int) -> tf.Tensor:
+    """Whether what takes long is measured in a step: in one of `EVERY`, of
+    those that are looked at.
+
+    Args:
+        generation: of the step, a scalar.
+        every: of how many steps one is looked at.
+    """
+    return (generation + 1) % (-(-EVERY // every) * every) == 0
 
 
 def signal_to_noise(

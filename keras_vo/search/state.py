@@ -25,6 +25,8 @@ __all__ = [
     "SearchState",
     "Settings",
     "mean_scale",
+    "mean_scales",
+    "preconditioned",
 ]
 
 
@@ -178,7 +180,9 @@ class Report(NamedTuple):
 
 
 def mean_scale(settings: Settings, state: SearchState) -> tf.Tensor:
-    """What dU/dmu is multiplied with for the inner optimizer, [groups]."""
+    """What dU/dmu is multiplied with for the inner optimizer, [groups]; and
+    natural gradients with 1 / s^2, see `Gaussian`.
+    """
     stddev = state.gaussian.stddev
     if not settings.natural_gradient:
         return tf.ones_like(stddev)
@@ -189,3 +193,22 @@ def mean_scale(settings: Settings, state: SearchState) -> tf.Tensor:
                 stddev, base, settings.loss_scaled
             )
     return estimators.natural_mean_scale(stddev)
+
+
+def preconditioned(
+    settings: Settings, state: SearchState, gradient: tf.Tensor
+) -> tf.Tensor:
+    """dU/dmu [d] times `mean_scale`, of natural gradients."""
+    gaussian = state.gaussian
+    scale = gaussian.layout.expand(mean_scale(settings, state))
+    if gaussian.sensitivity is not None:
+        scale = scale / tf.square(gaussian.sensitivity)
+    return scale * gradient
+
+
+def mean_scales(settings: Settings, state: SearchState) -> list[tf.Tensor]:
+    """`mean_scale` of each weight tensor, a scalar or shaped like it."""
+    scale, gaussian = mean_scale(settings, state), state.gaussian
+    if not settings.natural_gradient:
+        return gaussian.layout.per_tensor(scale)
+    return gaussian.over_squares(scale)
