@@ -57,9 +57,8 @@ class SearchMonitor(keras.callbacks.Callback):
     - `kl`: divergence between the search distributions before and after the
       step, in nats.
     - `utility_spread`: standard deviation of the members' utilities.
-    - `divergence`: squared distance of a member's outputs from those of mu
-      (`keras_vo.monitor.divergence`), in one of eight steps of `fit`; without
-      sensitivities it would be `divergence_unscaled`.
+    - `divergence` of a member's outputs (`keras_vo.monitor.divergence`), in one
+      of eight steps of `fit`; without `sensitivity`, `divergence_unscaled`.
     - `nonfinite_share`: of the members, those whose loss is not finite.
     - `evaluations`: members evaluated since the monitor is attached, and
       `evaluations_per_second` (the first row's has the tracing of the step).

@@ -113,10 +113,13 @@ class VOTrainStep(StepFunctions):
         )
         credit_weights: Mapping[str, tf.Tensor] = {}
         if EXAMPLE in levels(recording):
-            some_input = _row_for_each_example(inputs[0])
-            check_batch(recording, some_input)
-            credit_weights = losses.judge_examples(y_pred, some_input)
+            some = _row_for_each_example(inputs[0])
+            check_batch(recording, some)
+            credit_weights = losses.judge_examples(y_pred, some)
         loss = losses.reduced(loss)
+        outputs = OutputsOfBatch(
+            self, x, state, means, y_pred, examples, optimizer.dtype_of_search
+        )
         report = optimizer.take_step(
             losses.of_member,
             self.trainable_variables,
@@ -127,15 +130,7 @@ class VOTrainStep(StepFunctions):
             credit_weights=credit_weights,
             examples=examples,
             isolation=isolation,
-            outputs=OutputsOfBatch(
-                self,
-                x,
-                state,
-                means,
-                y_pred,
-                examples,
-                optimizer.dtype_of_search,
-            ),
+            outputs=outputs,
             jit_compile=self.jit_compile,
         )
         self._holds_members = isolation.holds

@@ -50,17 +50,17 @@ _STEPS = _ZERO | {
 _VECTORIZED = frozenset(
     """
     Abs Add AddN AddV2 AvgPool AvgPoolGrad BatchMatMulV2 BiasAdd BiasAddGrad
-    BroadcastGradientArgs BroadcastTo Cast ConcatOffset ConcatV2 Const Conv2D
-    Conv2DBackpropFilter Conv2DBackpropInput DivNoNan Elu EluGrad Equal Erf Erfc Exp
-    ExpandDims Fill FloorDiv FloorMod GatherV2 Greater GreaterEqual Identity
-    IdentityN LeakyRelu LeakyReluGrad Less LessEqual Log LogSoftmax MatMul Max
-    MaxPool MaxPoolGrad Maximum Mean Minimum Mul Neg NoOp OnesLike Pack Pad
-    Placeholder Pow Prod Range RealDiv Reciprocal ReciprocalGrad Relu Relu6
-    Relu6Grad ReluGrad Reshape Rsqrt RsqrtGrad Select SelectV2 Selu SeluGrad Shape
-    ShapeN Sigmoid SigmoidGrad Slice Softmax Softplus SoftplusGrad Softsign
-    SoftsignGrad Sqrt SqrtGrad Square SquaredDifference Squeeze StopGradient
-    StridedSlice StridedSliceGrad Sub Sum Tanh TanhGrad Tile Transpose Unpack
-    ZerosLike
+    BroadcastGradientArgs BroadcastTo Cast ConcatOffset ConcatV2 Const
+    Conv2D Conv2DBackpropFilter Conv2DBackpropInput DivNoNan Elu EluGrad
+    Equal Erf Erfc Exp ExpandDims Fill FloorDiv FloorMod GatherV2 Greater
+    GreaterEqual Identity IdentityN LeakyRelu LeakyReluGrad Less LessEqual
+    Log LogSoftmax MatMul Max MaxPool MaxPoolGrad Maximum Mean Minimum Mul
+    Neg NoOp OnesLike Pack Pad Placeholder Pow Prod Range RealDiv Reciprocal
+    ReciprocalGrad Relu Relu6 Relu6Grad ReluGrad Reshape Rsqrt RsqrtGrad
+    Select SelectV2 Selu SeluGrad Shape ShapeN Sigmoid SigmoidGrad Slice
+    Softmax Softplus SoftplusGrad Softsign SoftsignGrad Sqrt SqrtGrad Square
+    SquaredDifference Squeeze StopGradient StridedSlice StridedSliceGrad Sub
+    Sum Tanh TanhGrad Tile Transpose Unpack ZerosLike
     """.split()
 )
 _NAMED = 3  # ops that an error names
