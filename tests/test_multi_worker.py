@@ -100,8 +100,10 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
     """
     backup = tmp_path / "shared" / "backup"
     checkpoint = tmp_path / "made" / "best.keras"
+    sensitivity = {"sensitivity": "sum", "sensitivity_period": 3}
     options = {
         "units": [],
+        "optimizer": sensitivity,
         "fit": {"epochs": 2},
         "evaluate": False,
         "backup": str(backup),
@@ -125,7 +127,8 @@ def test_two_workers_one_lost_and_both_resumed(tmp_path):
     assert not backup.exists()
     resumed = [results(tmp_path / f"resumed{i}.npz") for i in range(2)]
     assert_all_equal(*resumed)
-    one = worker_program.model(worker_program.OPTIONS | {"units": []})
+    own = {"units": [], "optimizer": sensitivity}
+    one = worker_program.model(worker_program.OPTIONS | own)
     x, y = worker_program.data()
     history = one.fit(
         x, y, batch_size=16, epochs=2, shuffle=False, verbose=0
@@ -154,7 +157,7 @@ def test_shards_and_gradients_across_processes(tmp_path):
     options = {
         "strategy": "tensorflow",
         "same_batch": False,
-        "optimizer": {"exchange": "gradient"},
+        "optimizer": {"exchange": "gradient", "sensitivity": "inputs"},
         "compile": {"steps_per_execution": 3},
         "monitor": str(tmp_path / "search{}.csv"),
         "told": True,
