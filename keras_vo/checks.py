@@ -22,6 +22,7 @@ from keras_vo.search.credit import EXAMPLE, MEMBER, POSITION
 __all__ = [
     "blurred_message",
     "check_batch",
+    "check_full",
     "check_variables",
     "checked_credit",
     "checked_integer",
@@ -117,6 +118,17 @@ def _as_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def check_full(argument: str, perturbation: str) -> None:
+    """Raises for noise under which members' weights have no density."""
+    if perturbation != "full":
+        raise ValueError(
+            f"{argument} needs the density of members' weights under other "
+            "search distributions, which noise of low rank and noise on "
+            'activations have not. Expected: perturbation="full". '
+            f"Received: perturbation={perturbation!r}"
+        )
 
 
 def check_variables(variables: list[Any]) -> None:

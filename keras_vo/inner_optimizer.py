@@ -16,6 +16,7 @@ from keras_vo.keras_compat import (
 __all__ = [
     "build",
     "check_no_overwriting",
+    "check_settable",
     "checked_inner",
     "rate_by_name",
     "slow_down",
@@ -117,6 +118,17 @@ def check_no_overwriting(inner: Any) -> None:
             "under a tf.distribute strategy: Keras can't overwrite weights in "
             "a replica's step (keras#20582). (At the end of `fit` they are.) "
             f"Received: ema_overwrite_frequency={frequency}"
+        )
+
+
+def check_settable(inner: Any) -> None:
+    """Raises if its learning rate is a schedule."""
+    rate = inner.get_config().get("learning_rate")
+    if isinstance(rate, dict):
+        raise ValueError(
+            "adaptation_sampling=True sets the learning rate of the inner "
+            "optimizer. Expected: one whose learning rate is a number. "
+            f"Received: the schedule {rate.get('class_name')}"
         )
 
 

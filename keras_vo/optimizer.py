@@ -25,6 +25,7 @@ from keras_vo.minimize import Minimize
 from keras_vo.perturbations import registry
 from keras_vo.replicas import cost
 from keras_vo.search.activation_scale import ByExample
+from keras_vo.search.adaptation_sampling import AdaptationSampling
 from keras_vo.search.best import KeepBest
 from keras_vo.search.credit import Generation
 from keras_vo.search.rules import MaxKL, Rule
@@ -125,6 +126,12 @@ class VOOptimizer(Minimize):
             forward pass; it works with step activations. Or a callable from
             the list of variables and the batch's inputs (`None` without a
             model) to a list of tensors like the variables.
+        adaptation_sampling: whether the learning rates of the mean and of the
+            log variance adapt [2, section 3.3]: up by a tenth where members,
+            weighted as if a larger step had been taken, have better losses,
+            else back to where they began, a tenth of the way: see
+            `keras_vo.search.adaptation_sampling`. For noise of full rank,
+            and an inner optimizer without a schedule.
         sensitivity_period: steps after which it is measured again, from the
             batch of that step.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
@@ -181,6 +188,7 @@ class VOOptimizer(Minimize):
         examples_population_size: int = 16,
         sensitivity: str | Callable[..., Any] | None = None,
         sensitivity_period: int = 10,
+        adaptation_sampling: bool = False,
         seed: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int = 2**29,
@@ -221,6 +229,10 @@ class VOOptimizer(Minimize):
         self.sensitivity_period = checks.checked_integer(
             "sensitivity_period", sensitivity_period
         )
+        self.adaptation_sampling = bool(adaptation_sampling)
+        if self.adaptation_sampling:
+            checks.check_full("adaptation_sampling=True", perturbation)
+            inner_lib.check_settable(self.inner_optimizer)
         self.seed = None if seed is None else checks.checked_seed(seed)
         if chunk_size is not None:
             chunk_size = checks.checked_integer("chunk_size", chunk_size)
@@ -241,6 +253,15 @@ class VOOptimizer(Minimize):
         if self.max_kl is not None:
             project = constraints.projection(variables, layout)
             rules.append(MaxKL(self.max_kl, project))
+        if self.adaptation_sampling:
+            rules.append(
+                AdaptationSampling(
+                    layout.size,
+                    self.search_distribution.learning_rate
+                    if self.search_distribution.adapts
+                    else None,
+                )
+            )
         if self.keep_best:
             rules.append(KeepBest(layout))
         return Settings(
@@ -290,6 +311,7 @@ class VOOptimizer(Minimize):
                 else self.sensitivity
             ),
             "sensitivity_period": self.sensitivity_period,
+            "adaptation_sampling": self.adaptation_sampling,
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "memory_budget": self.memory_budget,

@@ -27,6 +27,7 @@ from keras_vo.perturbations.together import Perturbations
 from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.search.activation_scale import ActivationScale, Site
+from keras_vo.search.adaptation_sampling import MEAN_RATE
 from keras_vo.search.chunks import NoiseSource
 from keras_vo.search.credit import EXAMPLE, MEMBER, Generation, Outcomes
 from keras_vo.search.engine import Search
@@ -239,6 +240,7 @@ class SearchSteps(SearchFiles):
             tf.convert_to_tensor(self.generations),
             tf.convert_to_tensor(self.iterations),
             {k: tf.convert_to_tensor(v) for k, v in self._rule_state.items()},
+            tf.convert_to_tensor(self.inner_optimizer.learning_rate),
         )
         if scale is not None:
             state = scale.started(state, self._settings.rules)
@@ -310,6 +312,10 @@ class SearchSteps(SearchFiles):
                 for name, variable in self._rule_state.items()
             ),
         ]
+        if MEAN_RATE in report.rules:
+            variable: Any = self.inner_optimizer.learning_rate
+            new = tf.cast(report.rules[MEAN_RATE], variable.dtype)
+            changes.append((variable, new, old.learning_rate))
         for variable, new, value in changes:
             self.assign(variable, tf.where(report.any_finite, new, value))
         self._round(variables)

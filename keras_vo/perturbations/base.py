@@ -222,6 +222,20 @@ class Perturbation:
         """
         raise NotImplementedError
 
+    def log_ratios(
+        self, noise: Noise, signs: Sequence[float], other: Gaussian
+    ) -> tf.Tensor:
+        """See `Gaussian.log_ratios`, of the variables of this kind.
+
+        Raises:
+            ValueError: its members' weights have no density.
+        """
+        raise ValueError(
+            "Expected noise of full rank, whose members' weights have a "
+            "density under other search distributions. Received: "
+            f"{self.name!r}"
+        )
+
     def totals(self) -> dict[str, tf.Tensor]:
         """Sums over the examples of this replica, which replicas add up."""
         return {}

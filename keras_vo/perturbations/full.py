@@ -16,6 +16,7 @@ from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
 from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import Rows
+from keras_vo.search.gaussian import Gaussian
 
 __all__ = ["Full", "full_squares"]
 
@@ -31,6 +32,7 @@ class Full(Perturbation):
     def __init__(self, claims: Sequence[int], space: Space) -> None:
         gaussian = space.gaussian
         self.variables = list(claims)
+        self._gaussian = gaussian
         self._adapts = space.adapts
         self._sizes = gaussian.layout.sizes
         self._layout = gaussian.layout.select(self.variables)
@@ -72,6 +74,14 @@ class Full(Perturbation):
         if rows.ids is not None and self._factor is not None:
             sums["squares"] = full_squares(noise.weights, odd, self._factor)
         return sums
+
+    def log_ratios(
+        self, noise: Noise, signs: Sequence[float], other: Gaussian
+    ) -> tf.Tensor:
+        own = self._gaussian.select(self.variables)
+        return own.log_ratios(
+            noise.weights, signs, other.select(self.variables)
+        )
 
     def gradient(
         self, sums: Mapping[str, tf.Tensor], count: tf.Tensor

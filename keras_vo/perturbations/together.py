@@ -166,6 +166,13 @@ class PerturbationsOfLevel:
             )
         }
 
+    def log_ratios(
+        self, noise: Noise, signs: Sequence[float], other: Gaussian
+    ) -> tf.Tensor:
+        """See `Gaussian.log_ratios`: [signs, chunk]."""
+        parts = zip(self._kinds, self._split(noise), strict=True)
+        return tf.add_n([k.log_ratios(part, signs, other) for k, part in parts])
+
     def totals(self) -> dict[str, dict[str, tf.Tensor]]:
         """Sums over the examples of this replica, by kind."""
         return {kind.name: kind.totals() for kind in self._kinds}

@@ -23,17 +23,18 @@ import tensorflow as tf
 
 from keras_vo.search import (
     activation_scale,
+    adaptation_sampling,
+    asked,
     credit,
     estimators,
     example_credit,
 )
-from keras_vo.search.best import best_member
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
 from keras_vo.search.members import Members, Shard
-from keras_vo.search.rules import Best, Proposal, State, Step
+from keras_vo.search.rules import Best, Proposal, State, Step, Weighing
 from keras_vo.search.signal_to_noise import Probe
 from keras_vo.search.state import (
     Judged,
@@ -101,7 +102,7 @@ class Search:
         for level in self.perturbations.levels:
             members = self.ask(level)
             own = members.shard(self.shard(members))
-            source = self._source(level, own, activations=True)
+            source = self.source(level, own, activations=True)
             populations[level] = Judged(members, evaluator(level, source))
         return populations
 
@@ -123,7 +124,11 @@ class Search:
         # Where a batch can't be had (the end of the data), nothing is done.
         with tf.control_dependencies([p.losses for p in pooled.values()]):
             proposal, rules = self._proposed(
-                direction, ties, move_mean, self._best(populations, pooled)
+                direction,
+                ties,
+                move_mean,
+                asked.best(self, populations, pooled),
+                asked.weighing(self, populations, pooled),
             )
         # Not a constant: that would be folded, wrongly (see test_precision).
         usable = tf.concat([p.usable for p in pooled.values()], 0)
@@ -148,7 +153,7 @@ class Search:
         together = self.communicator
         return Shard.make(members.directions, together.index, together.count)
 
-    def _source(
+    def source(
         self, level: str, members: Members, activations: bool
     ) -> NoiseSource:
         """The noise of some members: of weights, or of activations too."""
@@ -281,25 +286,9 @@ class Search:
 
         values = list(weights.values())
         if evaluated is None:
-            source = self._source(level, members, activations=False)
+            source = self.source(level, members, activations=False)
             return credit.reduce_noise(source, chunk, values)
         return evaluated.reduce(chunk, values)
-
-    def _best(
-        self,
-        populations: Mapping[str, Judged],
-        pooled: Mapping[str, credit.Pooled],
-    ) -> Best | None:
-        if MEMBER not in populations:
-            return None
-        members = populations[MEMBER].members
-        return functools.partial(
-            best_member,
-            members,
-            pooled[MEMBER].losses,
-            lambda one: self._source(MEMBER, one, activations=False),
-            self.perturbations.at(MEMBER).weights,
-        )
 
     @property
     def _gradient_size(self) -> int:
@@ -324,6 +313,7 @@ class Search:
         ties: tf.Tensor | None,
         move_mean: MoveMean,
         best: Best | None,
+        weighing: Weighing | None,
     ) -> tuple[Proposal, State]:
         """The next distribution, and the next state of the rules."""
         state, rules = self.state, self.settings.rules
@@ -335,8 +325,11 @@ class Search:
             self.activations,
             ties,
             best=best,
+            weighing=weighing,
+            learning_rate=state.learning_rate,
         )
         step = activation_scale.steadied(step, state.rules)
+        step = adaptation_sampling.with_rate(step, state.rules)
         mean = layout.flatten(move_mean(layout.unflatten(direction.mean)))
         proposal = Proposal(mean, state.gaussian.log_variance)
         for rule in rules:

@@ -119,6 +119,46 @@ class Gaussian:
             return change
         return self.sensitivity * change
 
+    def log_ratios(
+        self, noise: tf.Tensor, signs: Sequence[float], other: Gaussian
+    ) -> tf.Tensor:
+        """log p'(x_n) - log p(x_n) of x = mu + sigma z / s, [signs, n]: the sum
+        over all weights, with r = sigma / sigma' and e = s (mu' - mu) / sigma',
+
+            sum_i log r + (z^2 - (r z - e)^2) / 2
+              = sum_i log r - e^2 / 2 + (1 - r^2) z^2 / 2 + r e z.
+
+        Args:
+            noise: z [n, d]; with the sign -1, -z.
+            signs: those.
+            other: p', of the same layout and sensitivities.
+        """
+        layout = self.layout
+        change = layout.expand(self.log_variance - other.log_variance)
+        change = tf.broadcast_to(change, [layout.size])
+        stddev = layout.expand(other.stddev)
+        e = self.scaled(other.mean - self.mean) / stddev
+        constant = tf.reduce_sum(change - tf.square(e))
+        even = -tf.linalg.matvec(tf.square(noise), tf.math.expm1(change))
+        odd = 2.0 * tf.linalg.matvec(noise, tf.exp(0.5 * change) * e)
+        return 0.5 * tf.stack([constant + even + s * odd for s in signs])
+
+    def select(self, indices: Sequence[int]) -> Gaussian:
+        """That of some of the weight tensors, in the given order."""
+        layout = self.layout
+        own = layout.select(indices)
+        betas = layout.per_tensor(self.log_variance)
+        sensitivity = None
+        if self.sensitivity is not None:
+            parts = layout.split(self.sensitivity)
+            sensitivity = tf.concat([parts[i] for i in indices], axis=0)
+        return Gaussian(
+            own,
+            [self.means[i] for i in indices],
+            own.by_group([betas[i] for i in indices]),
+            sensitivity,
+        )
+
     def kl(self, mean_change: tf.Tensor, log_variance: tf.Tensor) -> tf.Tensor:
         """KL(this || N(mu + mean_change, sigma'^2 / s^2)) in nats, a scalar.
 

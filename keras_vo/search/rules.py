@@ -17,7 +17,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import tensorflow as tf
@@ -39,12 +39,17 @@ __all__ = [
     "State",
     "Stateless",
     "Step",
+    "Weighing",
     "largest_fraction",
 ]
 
 State = Mapping[str, tf.Tensor]
 # To a loss, and the weights of the member that has it: see `Step`.
 Best = Callable[[], tuple[tf.Tensor, list[tf.Tensor]]]
+# From other distributions to losses, and weights of the members: see `Step`.
+Weighing = Callable[
+    [Sequence[Gaussian]], tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+]
 
 
 class Step(NamedTuple):
@@ -62,6 +67,10 @@ class Step(NamedTuple):
         best: finds the least loss of a member with noise on its weights, a
             scalar float64 (inf: none is finite), and these weights; `None`:
             there are no such members.
+        weighing: from k distributions to the losses [N] of these members, which
+            of them are known [N], and the log of their density over that of the
+            search distribution [k, N]; `None`: no rule asks.
+        learning_rate: of the mean, a scalar.
     """
 
     gaussian: Gaussian
@@ -71,6 +80,8 @@ class Step(NamedTuple):
     ties: tf.Tensor | None = None
     steady: tf.Tensor | None = None
     best: Best | None = None
+    weighing: Weighing | None = None
+    learning_rate: tf.Tensor | None = None
 
 
 class Proposal(NamedTuple):

@@ -52,6 +52,10 @@ class PerturbationsOfLevel(Protocol):
 
     def totals(self) -> dict[str, dict[str, tf.Tensor]]: ...
 
+    def log_ratios(
+        self, noise: Noise, signs: Sequence[float], other: Gaussian
+    ) -> tf.Tensor: ...
+
     def weights(self, noise: Noise, sign: Any) -> list[tf.Tensor]: ...
 
 
@@ -112,6 +116,7 @@ class SearchState(NamedTuple):
         generation: number of populations before this one, a scalar.
         updates: number of updates of the mean before this one, a scalar.
         rules: the state of all rules, by name.
+        learning_rate: of the mean, a scalar; `None`: it does not matter.
     """
 
     gaussian: Gaussian
@@ -119,6 +124,7 @@ class SearchState(NamedTuple):
     generation: tf.Tensor
     updates: tf.Tensor
     rules: State
+    learning_rate: tf.Tensor | None = None
 
 
 class Judged(NamedTuple):
