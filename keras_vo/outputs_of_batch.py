@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_vo import layer_state
+from keras_vo.evaluation.isolation import Isolation
 from keras_vo.evaluation.jacobians import as_units
 from keras_vo.keras_compat import layers_of
 from keras_vo.perturbations.input_squares import InputSquares
@@ -28,6 +29,7 @@ class OutputsOfBatch:
         means: mu, the values of the trainable variables.
         outputs: at mu, in training.
         examples: their number, a scalar.
+        isolation: of the members.
         dtype: of what is computed.
 
     Attributes:
@@ -44,6 +46,7 @@ class OutputsOfBatch:
         means: Sequence[tf.Tensor],
         outputs: Any,
         examples: tf.Tensor,
+        isolation: Isolation,
         dtype: tf.DType,
     ) -> None:
         self._model = model
@@ -52,8 +55,13 @@ class OutputsOfBatch:
         self.means = means
         self.examples = examples
         self._outputs = outputs
+        self._isolation = isolation
         self._dtype = dtype
         self._statistics: list[tuple[Any, tf.Tensor]] | None = None
+
+    def apart(self, function: Callable[[], Any]) -> Any:
+        """`function()`; variables that it assigns are set back."""
+        return self._isolation.beside(function)
 
     @property
     def at_mean(self) -> list[tf.Tensor]:
@@ -69,11 +77,20 @@ class OutputsOfBatch:
                 is not known.
         """
         outputs = self.at_mean
-        if not outputs or any(y.shape[-1] is None for y in outputs):
+        every = keras.tree.flatten(self._outputs)
+        floating = [
+            y
+            for y in every
+            if y is not None and tf.as_dtype(y.dtype).is_floating
+        ]
+        if not outputs or len(outputs) < len(floating):
             raise ValueError(
-                "Expected a network with floating outputs, of which the last "
-                "axis is known. Received: outputs of the shapes "
-                f"{[y.shape for y in outputs]}"
+                "Sensitivities need outputs with a gradient: floating tensors "
+                "[batch, ..., units] whose number of units is known. Expected: "
+                "a network with such outputs only, or integer ones beside "
+                'them; or sensitivity="inputs", which needs forward passes '
+                "only; or sensitivity=None. Received: the outputs "
+                f"{every!r:.300} of {self._model.name!r}"
             )
         return [
             (int(y.shape[-1]), tf.reduce_prod(tf.shape(y)[1:-1]))

@@ -105,51 +105,100 @@ class Measurement:
 
     def _of_outputs(self, due: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """sum_k (1/I sum_i dy_k(x_i)/dw)^2 [d], and I."""
-        outputs = self.network
-        sizes = outputs.sizes
-        units = [count for count, _ in sizes]
+        network = self.network
+        sizes = network.sizes
         size = sum(_sizes(self.variables))
         # As many units at once as their rows fit.
         most = max(self.memory_budget // (4 * size * self.dtype.size), 1)
         squares = tf.zeros([size], self.dtype)
-        counts = tf.concat(
-            [
-                tf.fill([n], tf.cast(positions * outputs.examples, self.dtype))
-                for n, positions in sizes
-            ],
-            axis=0,
-        )
-        for start in range(0, sum(units), most):
-            chunk = range(start, min(start + most, sum(units)))
-            own = counts[chunk.start : chunk.stop, None]
-            found = functools.partial(self._rows, chunk, own)
-            rows, totals = self._sum(due, found, [size, 1])
-            means = tf.math.divide_no_nan(rows, totals)
-            squares += tf.reduce_sum(tf.square(means), axis=0)
+        for number, (units, positions) in enumerate(sizes):
+            jacobian = jacobians.Jacobian(
+                network.in_use,
+                network.means,
+                network.inputs,
+                number,
+                units,
+                positions,
+                self.dtype,
+                self.memory_budget,
+            )
+            count = tf.cast(positions * network.examples, self.dtype)
+            if self.together.count == 1:
+                found = functools.partial(
+                    self._all_squares, jacobian, min(most, units), count
+                )
+                (own,) = self._sum(due, found, [size])
+                squares += tf.reduce_sum(own, axis=0)
+                continue
+            for start in range(0, units, most):  # each is exchanged
+                first = tf.constant(start)
+                chunk = min(most, units - start)
+                found = functools.partial(
+                    self._counted_rows, jacobian, first, chunk, count
+                )
+                rows, totals = self._sum(due, found, [size, 1])
+                squares += _squares(rows, totals)
         return squares, self._examples()
 
-    def _rows(self, units: range, counts: tf.Tensor) -> list[tf.Tensor]:
-        """Rows of the Jacobian, summed over this replica's examples; and
-        over how many of them.
+    def _all_squares(
+        self, jacobian: jacobians.Jacobian, chunk: int, count: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """sum_k (1/I sum_i dy_k(x_i)/dw)^2 of an output, [1, d]."""
+
+        def of(first: tf.Tensor) -> tf.Tensor:
+            return _squares(self._rows(jacobian, first, chunk), count)
+
+        def all_of() -> tf.Tensor:
+            self.network.begin()
+            if chunk == jacobian.units:
+                return of(tf.constant(0))
+            return tf.while_loop(
+                lambda first, _: first < jacobian.units,
+                lambda first, squares: (first + chunk, squares + of(first)),
+                (tf.constant(0), tf.zeros([jacobian.size], self.dtype)),
+                parallel_iterations=1,
+            )[1]
+
+        return [self._apart(all_of)[None]]
+
+    def _counted_rows(
+        self,
+        jacobian: jacobians.Jacobian,
+        first: tf.Tensor,
+        chunk: int,
+        count: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """Rows [chunk, d], summed over this replica's examples; and over how
+        many, [chunk, 1].
         """
-        outputs = self.network
-        outputs.begin()
 
         def rows() -> tf.Tensor:
-            what = outputs.in_use, outputs.means, outputs.inputs, units
-            if self.kind == SUM:
-                return jacobians.sum_rows(*what, self.dtype)
-            return jacobians.absolute_rows(
-                *what,
-                self.dtype,
-                sizes=outputs.sizes,
-                memory_budget=self.memory_budget,
-            )
+            self.network.begin()
+            return self._rows(jacobian, first, chunk)
 
-        if tf.executing_eagerly():  # a graph shows why there is no gradient
-            rows = tf.function(rows, autograph=False)
+        return [self._apart(rows), tf.fill([chunk, 1], count)]
+
+    def _rows(
+        self, jacobian: jacobians.Jacobian, first: tf.Tensor, chunk: int
+    ) -> tf.Tensor:
+        if self.kind == SUM:
+            return jacobians.sum_rows(jacobian, first, chunk)
         try:
-            return [rows(), counts]
+            return jacobians.absolute_rows(jacobian, first, chunk)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f'sensitivity="{ABS}" calls the network with one example at a '
+                "time. Expected: dense inputs, and a network that takes any "
+                f'number of examples; or "{SUM}", "{INPUTS}" or None. '
+                f"Received: {type(error).__name__}: {error}"
+            ) from error
+
+    def _apart(self, function: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """`function()`, in a graph, which shows why there is no gradient."""
+        if tf.executing_eagerly():
+            function = tf.function(function, autograph=False)
+        try:
+            return self.network.apart(function)
         except jacobians.NoGradient as error:
             raise ValueError(self._no_gradient(error)) from None
 
@@ -173,7 +222,7 @@ class Measurement:
         sizes = _sizes(self.variables)
 
         def found() -> list[tf.Tensor]:
-            sums, counts = self.network.input_squares()
+            sums, counts = self.network.apart(self.network.input_squares)
             return [sums[None], counts[None]]
 
         sums, counts = self._sum(due, found, [sum(sizes), len(sizes)])
@@ -214,10 +263,13 @@ class Measurement:
         joined = tf.concat(flat, axis=0)
         with tf.control_dependencies(
             [
-                tf.debugging.assert_non_negative(
-                    joined,
-                    "Expected a `sensitivity` that returns numbers of 0 or "
-                    "more. Received: others",
+                tf.debugging.Assert(
+                    tf.reduce_all(tf.math.is_finite(joined) & (joined >= 0)),
+                    [
+                        "Expected a `sensitivity` that returns finite numbers "
+                        "of 0 or more. Received:",
+                        joined,
+                    ],
                 )
             ]
         ):
@@ -246,6 +298,11 @@ class Measurement:
             for t, n in zip(own, columns, strict=True)
         ]
         return self.together.sum(own)
+
+
+def _squares(rows: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    means = tf.math.divide_no_nan(rows, count)
+    return tf.reduce_sum(tf.square(means), axis=0)
 
 
 def _sizes(variables: Sequence[Any]) -> list[int]:

@@ -118,7 +118,14 @@ class VOTrainStep(StepFunctions):
             credit_weights = losses.judge_examples(y_pred, some)
         loss = losses.reduced(loss)
         outputs = OutputsOfBatch(
-            self, x, state, means, y_pred, examples, optimizer.dtype_of_search
+            self,
+            x,
+            state,
+            means,
+            y_pred,
+            examples,
+            isolation,
+            optimizer.dtype_of_search,
         )
         report = optimizer.take_step(
             losses.of_member,

@@ -323,22 +323,69 @@ def test_inputs_of_a_convolution_in_groups():
     assert_all_close(got, of_layers(model.trainable_variables, [raw]))
 
 
+def test_positions_that_are_masked_do_not_count_in_attention():
+    """Those of padding are what an attention layer computes, all the same."""
+    inputs = keras.Input((5,), dtype="int32")
+    embedding = layers.Embedding(7, 3, mask_zero=True)
+    attention = layers.MultiHeadAttention(1, 2)
+    h = embedding(inputs)
+    h = layers.GlobalAveragePooling1D()(attention(h, h))
+    model = keras.Model(inputs, h)
+    x = np.random.default_rng(0).integers(1, 6, size=(4, 5))
+    x[:, 3:] = 0
+    embedding.embeddings.assign(rows(7, 3) * np.arange(1, 8)[:, None])
+    got = measured(model, x, rows(4, 3), sensitivity="inputs")
+    embedded = embedding.embeddings.numpy()[x[:, :3]]
+    squares = np.sqrt((embedded**2).mean((0, 1)))
+    kernel = [np.broadcast_to(squares[:, None, None], (3, 1, 2))]
+    paths = [v.path for v in model.trainable_variables]
+    for name in ("query", "key", "value"):
+        own = [i for i, p in enumerate(paths) if f"/{name}/" in p]
+        weights = [model.trainable_variables[i] for i in own]
+        want = of_layers(weights, [*kernel, np.ones((1, 2))])
+        assert_all_close([got[i] for i in own], want)
+
+
+def test_inputs_by_keyword_and_of_distributed_convolutions():
+    class Network(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.convolution = layers.Conv1D(3, 2, use_bias=False)
+            self.distributed = layers.TimeDistributed(self.convolution)
+            self.dense = layers.Dense(2, use_bias=False)
+
+        def call(self, inputs):
+            h = self.distributed(inputs=inputs)
+            return self.dense(inputs=keras.ops.mean(h, axis=(1, 2)))
+
+    model, x = Network(), rows(4, 3, 5, 2) * [1, 3]
+    hidden = keras.ops.convert_to_numpy(model.distributed(x)).mean((1, 2))
+    model(x)
+    got = measured(model, x, rows(4, 2), sensitivity="inputs")
+    raw = [
+        by_channel(np.sqrt((x**2).mean((0, 1, 2))), (2, 2, 3), -2),
+        np.repeat(np.sqrt((hidden**2).mean(0))[:, None], 2, axis=1),
+    ]
+    assert_all_close(got, of_layers(model.trainable_variables, raw))
+
+
 def test_inputs_of_embeddings_recurrent_layers_and_normalizations():
     """What is masked does not count; recurrent kernels count as biases."""
     model, x, y = made(recurrent)
     embedding, gru, normalization, last = model.layers
     want = []
-    counts = np.bincount(x.ravel(), minlength=7) / x.size
+    counts = np.bincount(x.ravel(), minlength=7) / np.sum(x > 0)
+    counts[0] = 0.0  # a mask: no row is looked up
     want.append(np.repeat(np.sqrt(counts)[:, None], 3, axis=1))
     embedded = embedding.embeddings.numpy()[x[:, :3]]
     squares = np.sqrt((embedded**2).mean((0, 1)))
     want.append(np.repeat(squares[:, None], 12, axis=1))
     want += [np.ones((4, 12)), np.ones((2, 12))]
-    hidden = gru(embedding(x), mask=x > 0).numpy()
+    hidden = gru(embedding(x), mask=x > 0).numpy()[:, :3]
     centred = hidden - hidden.mean(-1, keepdims=True)
     scaled = centred / np.sqrt(hidden.var(-1, keepdims=True) + 1e-3)
     want += [np.sqrt((scaled**2).mean((0, 1))), np.ones(4)]
-    outputs = normalization(hidden).numpy()[:, :3]
+    outputs = normalization(hidden).numpy()
     squares = np.sqrt((outputs**2).mean((0, 1)))
     want += [np.repeat(squares[:, None], 2, axis=1), np.ones(2)]
     got = measured(model, x, y, sensitivity="inputs")
@@ -456,6 +503,105 @@ def test_a_gradient_of_the_users_own(kind):
     x, y = rows(6, 4), rows(6, 3)
     want = expected(model, x, kind)
     assert_all_close(measured(model, x, y, sensitivity=kind), want, 1e-3)
+
+
+class Network(keras_vo.VOModel):
+    """Any function of what a Dense layer makes, and its mean as the loss."""
+
+    def __init__(self, function, optional=False):
+        super().__init__()
+        self.dense = layers.Dense(3, name="first")
+        self.function = function
+        self.optional = optional
+
+    def call(self, inputs):
+        hidden = self.dense(inputs["x"] if self.optional else inputs)
+        self.hidden = hidden
+        return self.function(hidden)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, **kwargs):
+        return tf.reduce_mean(self.hidden**2)
+
+
+OUTPUTS = {
+    "none": lambda h: {"a": h, "b": None},
+    "ragged": tf.RaggedTensor.from_tensor,
+    "unknown": lambda h: tf.numpy_function(lambda a: a, [h], tf.float32),
+    "integers": lambda h: tf.argmax(h, -1),
+    "scalar": tf.reduce_mean,
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_the_monitor_of_any_outputs(kind):
+    """What is no tensor of units has no divergence."""
+    model = Network(OUTPUTS[kind])
+    model.compile(optimizer=optimizer(None))
+    monitor = keras_vo.callbacks.SearchMonitor("step")
+    x = tf.data.Dataset.from_tensors(rows(6, 4)).repeat(8)
+    model.fit(x, shuffle=False, verbose=0, callbacks=[monitor])
+    assert np.isnan(monitor.history["divergence"][-1]) == (kind != "none")
+
+
+@pytest.mark.parametrize("sensitivity", ["sum", "abs"])
+@pytest.mark.parametrize("kind", [k for k in OUTPUTS if k != "none"])
+def test_outputs_without_units_are_an_error(kind, sensitivity):
+    model = Network(OUTPUTS[kind])
+    model.compile(optimizer=optimizer(sensitivity))
+    with pytest.raises(ValueError, match="sensitivity=None") as caught:
+        model.train_on_batch(rows(6, 4))
+    assert '"inputs"' in str(caught.value)
+    model.compile(optimizer=optimizer("inputs"))
+    model.train_on_batch(rows(6, 4))
+
+
+@pytest.mark.parametrize("sensitivity", ["sum", "abs", "inputs"])
+def test_inputs_that_are_none(sensitivity):
+    model = Network(lambda h: h, optional=True)
+    model.compile(optimizer=optimizer(sensitivity))
+    data = {"a": None, "x": tf.constant(rows(6, 4))}
+    model.train_step((data,))
+    sigmas = model.optimizer.stddevs
+    assert np.all(np.isfinite(sigmas[0]))
+
+
+def test_what_abs_can_not_do_is_an_error():
+    sparse = keras.Sequential([keras.Input((4,), sparse=True), layers.Dense(3)])
+    x = tf.sparse.from_dense(rows(6, 4))
+    stateful = keras.Sequential(
+        [keras.Input(batch_shape=(6, 5, 4)), layers.LSTM(3, stateful=True)]
+    )
+    for model, inputs in ((sparse, x), (stateful, rows(6, 5, 4))):
+        for kind in ("sum", "inputs"):
+            measured(model, inputs, rows(6, 3), sensitivity=kind)
+        with pytest.raises(ValueError, match='Expected: dense inputs.*"sum"'):
+            measured(model, inputs, rows(6, 3), sensitivity="abs")
+
+
+@pytest.mark.parametrize("sensitivity", [None, "sum", "abs", "inputs"])
+def test_variables_of_layers_are_set_back(sensitivity):
+    """Three steps count three, also where a monitor looks at the outputs."""
+
+    class Counter(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.count = tf.Variable(0.0, trainable=False)
+
+        def call(self, inputs):
+            self.count.assign_add(1.0)
+            return inputs
+
+    counter = Counter()
+    model = keras_vo.VOSequential([keras.Input((4,)), layers.Dense(3), counter])
+    model.compile(
+        optimizer=optimizer(sensitivity, sensitivity_period=1), loss="mse"
+    )
+    monitor = keras_vo.callbacks.SearchMonitor("step")
+    before = counter.count.numpy()
+    data = tf.data.Dataset.from_tensors((rows(6, 4), rows(6, 3))).repeat(8)
+    model.fit(data, shuffle=False, verbose=0, callbacks=[monitor])
+    assert counter.count.numpy() == before + 8
+    assert np.isfinite(monitor.history["divergence"][-1])
 
 
 def test_weights_that_no_output_depends_on_have_the_sensitivity_1():
@@ -615,10 +761,11 @@ def test_what_a_callable_may_not_return(returned, received):
     assert received in str(caught.value)
 
 
-def test_negative_sensitivities():
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_numbers_that_are_no_sensitivities(value):
     variables = [tf.Variable(tf.ones([2, 3]))]
-    search = optimizer(lambda variables, inputs: [-tf.ones([2, 3])])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="0 or more"):
+    search = optimizer(lambda variables, inputs: [tf.fill([2, 3], value)])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="of 0 or more"):
         search.minimize(lambda w: tf.reduce_sum(w[0]), variables)
 
 

@@ -7,6 +7,7 @@ Jacobian is held: its rows are made a chunk at a time.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import tensorflow as tf
 from keras_vo.evaluation.vectorized import quiet_tensorflow
 from keras_vo.perturbations import graph_ops
 
-__all__ = ["NoGradient", "absolute_rows", "as_units", "sum_rows"]
+__all__ = ["Jacobian", "NoGradient", "absolute_rows", "as_units", "sum_rows"]
 
 # From weights and inputs to outputs, each [batch, ..., units].
 Network = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
@@ -81,126 +82,77 @@ class NoGradient(Exception):
 
 
 def as_units(outputs: Any, dtype: tf.DType) -> list[tf.Tensor]:
-    """All floating outputs as [batch, ..., units]."""
-    tensors = [tf.convert_to_tensor(t) for t in keras.tree.flatten(outputs)]
-    return [
-        tf.cast(t if t.shape.rank != 1 else t[:, None], dtype)
-        for t in tensors
-        if t.dtype.is_floating
-    ]
+    """Outputs as [batch, ..., units], but those that are not floating, or that
+    no axis of examples or number of units is known of.
+    """
+    tensors = [t for t in keras.tree.flatten(outputs) if tf.is_tensor(t)]
+    units = []
+    for t in tensors:
+        if isinstance(t, tf.Tensor) and t.dtype.is_floating and t.shape.rank:
+            t = t[:, None] if t.shape.rank == 1 else t
+            if t.shape[-1] is not None:
+                units.append(tf.cast(t, dtype))
+    return units
 
 
-def sum_rows(
-    network: Network,
-    weights: Sequence[tf.Tensor],
-    inputs: Any,
-    units: range,
-    dtype: tf.DType,
-) -> tf.Tensor:
-    """sum_i dy_k(x_i)/dw for each unit k of `units`, [units, d].
+def sum_rows(jacobian: Jacobian, first: tf.Tensor, count: int) -> tf.Tensor:
+    """sum_i dy_k(x_i)/dw for `count` units k from `first`, [count, d].
 
-    Positions count as examples. Units are counted over all outputs.
+    Positions count as examples. Units that are not there have zeros.
 
     Raises:
         NoGradient: see there.
     """
 
     def row(unit: tf.Tensor) -> tf.Tensor:
-        def of(outputs: list[tf.Tensor]) -> tf.Tensor:
-            totals = [
-                tf.reduce_sum(tf.reshape(y, [-1, y.shape[-1]]), axis=0)
-                for y in outputs
-            ]
-            return tf.concat(totals, axis=0)[unit]
+        def of(y: tf.Tensor) -> tf.Tensor:
+            totals = tf.reduce_sum(tf.reshape(y, [-1, jacobian.units]), axis=0)
+            return totals[tf.minimum(unit, jacobian.units - 1)]
 
-        return _gradient(network, weights, inputs, of, dtype)
+        found = jacobian.gradient(jacobian.inputs, of)
+        return found * tf.cast(unit < jacobian.units, found.dtype)
 
     return tf.map_fn(
         row,
-        tf.range(units.start, units.stop),
-        fn_output_signature=tf.TensorSpec([_size(weights)], dtype),
+        first + tf.range(count),
+        fn_output_signature=tf.TensorSpec([jacobian.size], jacobian.dtype),
         parallel_iterations=1,
     )
 
 
 def absolute_rows(
-    network: Network,
-    weights: Sequence[tf.Tensor],
-    inputs: Any,
-    units: range,
-    dtype: tf.DType,
-    *,
-    sizes: Sequence[tuple[int, tf.Tensor]],
-    memory_budget: int,
+    jacobian: Jacobian, first: tf.Tensor, count: int
 ) -> tf.Tensor:
-    """sum_i |dy_k(x_i)/dw| for each unit k of `units`, [units, d].
+    """sum_i |dy_k(x_i)/dw| for `count` units k from `first`, [count, d].
 
     The network is called with one example at a time, or vectorized over them.
-
-    Args:
-        network: and so on, see `sum_rows`.
-        sizes: of each output its units, and its positions of an example.
-        memory_budget: bytes of the rows that are made at once.
 
     Raises:
         NoGradient: see there.
     """
-    size = _size(weights)
-    chunk = memory_budget // max(1, 4 * size * dtype.size)
+    inputs = [x for x in keras.tree.flatten(jacobian.inputs) if x is not None]
+    examples = tf.shape(inputs[0])[0]
+    chunk = jacobian.memory_budget // max(
+        1, 4 * jacobian.size * jacobian.dtype.size
+    )
     chunk = min(max(chunk, 1), _MOST_ROWS)
-    examples = tf.shape(keras.tree.flatten(inputs)[0])[0]
-    sums, start = [], 0
-    for number, (count, positions) in enumerate(sizes):
-        own = range(max(units.start - start, 0), min(units.stop - start, count))
-        start += count
-        if len(own):
-            sums.append(
-                _absolute_sums(
-                    _row_of(network, weights, inputs, number, dtype),
-                    (examples, positions, own),
-                    (chunk, size, dtype),
-                )
-            )
-    return tf.concat(sums, axis=0)
-
-
-def _row_of(
-    network: Network,
-    weights: Sequence[tf.Tensor],
-    inputs: Any,
-    number: int,
-    dtype: tf.DType,
-) -> Callable[[tf.Tensor], tf.Tensor]:
-    """From an example, a position and a unit of an output to |dy/dw| [d]."""
+    each = jacobian.positions * count
+    total = examples * each
 
     def row(at: tf.Tensor) -> tf.Tensor:
         example, position, unit = tf.unstack(at)
-
-        def of(outputs: list[tf.Tensor]) -> tf.Tensor:
-            y = outputs[number]
-            return tf.reshape(y, [-1, y.shape[-1]])[position, unit]
-
         one = keras.tree.map_structure(
-            lambda x: None if x is None else tf.gather(x, example[None]), inputs
+            lambda x: None if x is None else tf.gather(x, example[None]),
+            jacobian.inputs,
         )
-        return tf.abs(_gradient(network, weights, one, of, dtype))
 
-    return row
+        def of(y: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(y, [-1, jacobian.units])[position, unit]
 
-
-def _absolute_sums(
-    row: Callable[[tf.Tensor], tf.Tensor],
-    among: tuple[tf.Tensor, tf.Tensor, range],
-    cut: tuple[int, int, tf.DType],
-) -> tf.Tensor:
-    """Sums of rows over all examples and positions, [units, d]."""
-    examples, positions, units = among
-    chunk, size, dtype = cut
-    each = positions * len(units)
-    total = examples * each
-    spec = tf.TensorSpec([size], dtype)
+        return tf.abs(jacobian.gradient(one, of))
 
     vectorizes = _is_vectorizable(row, chunk)
+    spec = tf.TensorSpec([jacobian.size], jacobian.dtype)
 
     def rows(at: tf.Tensor) -> tf.Tensor:
         if vectorizes:
@@ -210,30 +162,81 @@ def _absolute_sums(
             row, at, fn_output_signature=spec, parallel_iterations=1
         )
 
-    def body(first: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        numbers = first + tf.range(chunk)
+    def body(start: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        numbers = start + tf.range(chunk)
         inside = numbers < total
         numbers = tf.minimum(numbers, total - 1)
-        unit = numbers % len(units)
-        at = tf.stack(
-            [
-                numbers // each,
-                numbers % each // len(units),
-                unit + units.start,
-            ],
-            axis=1,
-        )
-        found = rows(at) * tf.cast(inside, dtype)[:, None]
-        added = tf.math.unsorted_segment_sum(found, unit, len(units))
-        return first + chunk, sums + added
+        own = numbers % count
+        unit = first + own
+        inside &= unit < jacobian.units
+        unit = tf.minimum(unit, jacobian.units - 1)
+        at = [numbers // each, numbers % each // count, unit]
+        found = rows(tf.stack(at, axis=1))
+        found *= tf.cast(inside, found.dtype)[:, None]
+        added = tf.math.unsorted_segment_sum(found, own, count)
+        return start + chunk, sums + added
 
-    _, sums = tf.while_loop(
-        lambda first, _: first < total,
+    zeros = tf.zeros([count, jacobian.size], jacobian.dtype)
+    return tf.while_loop(
+        lambda start, _: start < total,
         body,
-        (tf.zeros([], tf.int32), tf.zeros([len(units), size], dtype)),
+        (tf.zeros([], tf.int32), zeros),
         parallel_iterations=1,
-    )
-    return sums
+    )[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Jacobian:
+    """Of one output by all weights; rows of it are made when asked for.
+
+    Attributes:
+        network: from weights and inputs to all outputs.
+        weights: where it is taken.
+        inputs: of the batch.
+        number: of the output.
+        units: how many it has.
+        positions: of an example, a scalar.
+        dtype: of its numbers.
+        memory_budget: bytes of rows of single examples that are made at once.
+    """
+
+    network: Network
+    weights: Sequence[tf.Tensor]
+    inputs: Any
+    number: int
+    units: int
+    positions: tf.Tensor
+    dtype: tf.DType
+    memory_budget: int
+
+    @property
+    def size(self) -> int:
+        """d, the length of a row."""
+        return sum(w.shape.num_elements() for w in self.weights)
+
+    def gradient(
+        self, inputs: Any, of: Callable[[tf.Tensor], tf.Tensor]
+    ) -> tf.Tensor:
+        """The gradient [d] of a number that is made of the output.
+
+        Raises:
+            NoGradient: see there.
+        """
+        own = [tf.identity(w) for w in self.weights]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(own)
+            value = of(self.network(own, inputs)[self.number])
+        found = tape.gradient(value, own)
+        _check(value, own, found)
+        parts = [
+            tf.zeros([tf.size(w)], self.dtype)
+            if gradient is None
+            else tf.reshape(
+                tf.cast(tf.convert_to_tensor(gradient), self.dtype), [-1]
+            )
+            for w, gradient in zip(own, found, strict=True)
+        ]
+        return tf.concat(parts, axis=0)
 
 
 def _is_vectorizable(row: Callable[[tf.Tensor], tf.Tensor], rows: int) -> bool:
@@ -256,37 +259,6 @@ def _is_vectorizable(row: Callable[[tf.Tensor], tf.Tensor], rows: int) -> bool:
     return True
 
 
-def _gradient(
-    network: Network,
-    weights: Sequence[tf.Tensor],
-    inputs: Any,
-    of: Callable[[list[tf.Tensor]], tf.Tensor],
-    dtype: tf.DType,
-) -> tf.Tensor:
-    """The gradient [d] of a number that is made of the outputs.
-
-    Raises:
-        NoGradient: see there.
-    """
-    own = [tf.identity(w) for w in weights]
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(own)
-        value = of(network(own, inputs))
-    found = tape.gradient(value, own)
-    _check(value, own, found)
-    return tf.concat(
-        [
-            tf.zeros([tf.size(w)], dtype)
-            if gradient is None
-            else tf.reshape(
-                tf.cast(tf.convert_to_tensor(gradient), dtype), [-1]
-            )
-            for w, gradient in zip(own, found, strict=True)
-        ],
-        axis=0,
-    )
-
-
 def _check(value: tf.Tensor, weights: Sequence[tf.Tensor], found: Any) -> None:
     """Raises if a gradient is none, or always 0, of weights that matter."""
     if tf.executing_eagerly():
@@ -303,7 +275,3 @@ def _check(value: tf.Tensor, weights: Sequence[tf.Tensor], found: Any) -> None:
     if without:
         ops = graph_ops.between([value], [weights[i] for i in without], _STEPS)
         raise NoGradient(without, ops[:_NAMED])
-
-
-def _size(weights: Sequence[tf.Tensor]) -> int:
-    return sum(w.shape.num_elements() for w in weights)

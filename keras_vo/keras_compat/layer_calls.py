@@ -38,8 +38,8 @@ CLASSES = _classes(
     "Conv2D",
     "Conv3D",
 )
-# All that have a kernel, or call one in a loop: of recurrent layers, the class
-# behind all of them.
+# All that have a kernel, or call a layer that has one: of recurrent layers, the
+# class behind all of them.
 WITH_KERNELS = CLASSES + _classes(
     "Conv1DTranspose",
     "Conv2DTranspose",
@@ -50,6 +50,8 @@ WITH_KERNELS = CLASSES + _classes(
     "SeparableConv2D",
     "RNN",
     "TimeDistributed",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
 )
 _lock = threading.Lock()
 _entered: collections.Counter[type] = collections.Counter()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -34,6 +34,9 @@ class Outputs(Protocol):
     @property
     def at_mean(self) -> list[tf.Tensor]: ...
 
+    def apart(self, function: Callable[[], Any]) -> Any:
+        """`function()`; variables that it assigns are set back."""
+
     def in_training(self, weights: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Those of a member."""
 
@@ -48,13 +51,13 @@ def divergences(
 
     Args:
         gaussian: the search distribution.
-        outputs: of the network on this replica's examples; `None`: there is
-            none.
+        outputs: of the network on this replica's examples; `None`, and if none
+            is floating: there is none.
         seeds: base seed and generation.
         now: whether it is measured; else both are NaN, as without outputs.
     """
     unknown = [tf.constant(math.nan, tf.float64)] * 2
-    if outputs is None:
+    if outputs is None or not outputs.at_mean:
         return unknown
     layout = gaussian.layout
 
@@ -71,7 +74,11 @@ def divergences(
 
         def of(noise: tf.Tensor) -> tf.Tensor:
             weights = layout.unflatten(gaussian.mean + noise)
-            return divergence(outputs.at_mean, outputs.in_training(weights))
+            return outputs.apart(
+                lambda: divergence(
+                    outputs.at_mean, outputs.in_training(weights)
+                )
+            )
 
         plain = dataclasses.replace(gaussian, sensitivity=None)
         unscaled = layout.expand(plain.stddev) * z

@@ -18,7 +18,7 @@ from keras_vo.keras_compat.layer_calls import WITH_KERNELS, intercepted
 from keras_vo.keras_compat.losses import mask_of
 from keras_vo.perturbations import graph_ops
 from keras_vo.perturbations.automatic import call_of
-from keras_vo.perturbations.calls import densified
+from keras_vo.perturbations.calls import LookupCall, densified
 from keras_vo.perturbations.scope import current_graph
 from keras_vo.perturbations.windows import Windows
 
@@ -47,7 +47,7 @@ class InputSquares:
     Known are the inputs of Dense, EinsumDense (so of MultiHeadAttention),
     Embedding, convolutions, recurrent layers and normalizations, and of those
     in a TimeDistributed. All other weights (recurrent kernels, those of other
-    layers, of calls in loops) count as biases, whose input is 1. Of
+    layers, LoRA's, of calls in loops) count as biases, whose input is 1. Of
     convolutions that are grouped, depthwise or transposed, a row is that of
     its channel; positions that are masked do not count.
 
@@ -62,6 +62,8 @@ class InputSquares:
         self._positions = {id(v): i for i, v in enumerate(variables)}
         self._sums: dict[int, tf.Tensor] = {}
         self._counts: dict[int, tf.Tensor] = {}
+        self._masks: dict[int, Any] = {}
+        self._inside = 0
 
     def of(self, call: Callable[[], Any]) -> tuple[tf.Tensor, tf.Tensor]:
         """What a call of the network shows.
@@ -73,10 +75,18 @@ class InputSquares:
         graph = current_graph()
 
         def seen(layer: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-            if args and current_graph() is graph:
-                for rows in _rows(layer, own, args, kwargs, self._dtype):
+            if current_graph() is graph and not self._inside:
+                given, more = _positional(args, kwargs)
+                mask = self._mask_of(layer, given, more)
+                for rows in _rows(layer, own, given, more, mask, self._dtype):
                     self._add(rows)
-            return own(*args, **kwargs)
+            # It calls the layer in it for each step.
+            inside = isinstance(layer, keras.layers.TimeDistributed)
+            self._inside += inside
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self._inside -= inside
 
         with intercepted(seen, WITH_KERNELS):
             call()
@@ -88,6 +98,19 @@ class InputSquares:
         ]
         counts = [self._counts.get(i, zero) for i in range(len(sums))]
         return tf.concat(sums, axis=0), tf.stack(counts)
+
+    def _mask_of(self, layer: Any, args: Any, kwargs: Any) -> Any:
+        """Which positions count, [batch, ...]; `None`: all."""
+        if isinstance(layer, keras.layers.Embedding):
+            return layer.compute_mask(tf.convert_to_tensor(args[0]))
+        if isinstance(layer, _ATTENTION):  # which takes the masks away
+            for tensor in [*args, *kwargs.values()]:
+                if (mask := mask_of(tensor)) is not None:
+                    self._masks[id(tensor)] = mask
+        if kwargs.get("mask") is not None:
+            return kwargs["mask"]
+        mask = mask_of(args[0])
+        return self._masks.get(id(args[0])) if mask is None else mask
 
     def _add(self, rows: _Rows) -> None:
         i = self._positions.get(id(rows.kernel))
@@ -115,16 +138,27 @@ class InputSquares:
             )
 
 
+def _positional(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, of which the first one is no keyword."""
+    if args or not kwargs:
+        return args, kwargs
+    (_, first), *others = kwargs.items()
+    return (first,), dict(others)
+
+
 def _rows(
-    layer: Any, own: Any, args: Any, kwargs: Any, dtype: tf.DType
+    layer: Any, own: Any, args: Any, kwargs: Any, mask: Any, dtype: tf.DType
 ) -> list[_Rows]:
     """What a call of a layer says of its kernels."""
     if isinstance(layer, keras.layers.TimeDistributed):
         inner = layer.layer
-        return _by_channel(inner, _kernels(inner), args, kwargs, dtype)
+        kernels = _kernels(inner)
+        if isinstance(inner, _CONVOLUTIONS) and inner.groups == 1:
+            kernels = [(inner.kernel, -2)]
+        return _by_channel(inner, kernels, args, mask, dtype)
     kernels = _kernels(layer)
     if kernels:
-        return _by_channel(layer, kernels, args, kwargs, dtype)
+        return _by_channel(layer, kernels, args, mask, dtype)
     if isinstance(layer, _CONVOLUTIONS):
         return _of_convolution(layer, args, dtype)
     if not any(hasattr(getattr(layer, name, None), "path") for name in _OTHERS):
@@ -135,6 +169,11 @@ def _rows(
     operand = call.operand
     inputs = operand.prepared(call.arranged, dtype)
     flat = operand.flat(inputs)
+    axes = call.arranged.shape.rank
+    if not isinstance(call, LookupCall):
+        axes -= 1
+    if mask is not None and mask.shape.rank == axes:
+        flat = tf.boolean_mask(flat, tf.reshape(mask, [-1]))
     squares = operand.row_squares(flat)
     shape = call.matrix(tf.zeros(call.kernel.shape, dtype)).shape
     like = tf.broadcast_to(tf.cast(squares, dtype), shape)
@@ -142,6 +181,10 @@ def _rows(
 
 
 _OTHERS = ("kernel", "embeddings", "gamma", "scale")
+_ATTENTION = (
+    keras.layers.MultiHeadAttention,
+    keras.layers.GroupQueryAttention,
+)
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
@@ -174,15 +217,13 @@ _AXES = (
 
 
 def _by_channel(
-    layer: Any, kernels: Any, args: Any, kwargs: Any, dtype: tf.DType
+    layer: Any, kernels: Any, args: Any, mask: Any, dtype: tf.DType
 ) -> list[_Rows]:
     """Rows that are those of their channel, the same for all of a window."""
     inputs = densified(args[0])
     channels = -1
     if getattr(layer, "data_format", "channels_last") == "channels_first":
         channels = inputs.shape.rank - layer.rank - 1
-    mask = kwargs.get("mask")
-    mask = mask_of(args[0]) if mask is None else mask
     summed, count = _of_channels(inputs, channels, mask, dtype)
     found = []
     for kernel, axis in kernels:
@@ -226,7 +267,7 @@ def _of_convolution(layer: Any, args: Any, dtype: tf.DType) -> list[_Rows]:
     if layer.groups > 1:
         return _of_groups(layer, args, dtype)
     if not (channels_last and sizes.is_fully_defined()):
-        return _by_channel(layer, [(kernel, -2)], args, {}, dtype)
+        return _by_channel(layer, [(kernel, -2)], args, None, dtype)
     windows = Windows.of(
         sizes.as_list(),
         layer.kernel_size,
