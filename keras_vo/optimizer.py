@@ -125,9 +125,11 @@ class VOOptimizer(Minimize):
             square of what each row of a kernel is multiplied with, from a
             forward pass; it works with step activations. Or a callable from
             the list of variables and the batch's inputs (`None` without a
-            model) to a list of tensors like the variables.
+            model) to a list of tensors like the variables. It has not paid on
+            digits and MNIST (benchmarks/results/sensitivity.md).
         adaptation_sampling: whether the learning rates of the mean and of the
-            log variance adapt [2, section 3.3]: up by a tenth where members,
+            log variance adapt [2, section 3.3] (for rates that are not known:
+            in mini-batches they end too high): up by a tenth where members,
             weighted as if a larger step had been taken, have better losses,
             else back to where they began, a tenth of the way: see
             `keras_vo.search.adaptation_sampling`. For noise of full rank,
