@@ -75,20 +75,23 @@ class Windows:
         [*kernel, channels].
         """
         summed = tf.pad(tf.reduce_sum(inputs, axis=0), [*self.padding, (0, 0)])
-        for i, (count, k, stride, dilation) in enumerate(
-            zip(
+        for i, places in enumerate(self._places()):
+            summed = tf.gather(summed, places.T, axis=i)
+            summed = tf.reduce_sum(summed, axis=i + 1)
+        return summed
+
+    def _places(self) -> list[np.ndarray]:
+        """Of each axis the inputs of all windows, [outputs, kernel]."""
+        return [
+            np.add.outer(stride * np.arange(count), dilation * np.arange(k))
+            for count, k, stride, dilation in zip(
                 self.outputs,
                 self.kernel,
                 self.strides,
                 self.dilations,
                 strict=True,
             )
-        ):
-            starts = dilation * np.arange(k)
-            places = np.add.outer(starts, stride * np.arange(count))
-            summed = tf.gather(summed, places, axis=i)
-            summed = tf.reduce_sum(summed, axis=i + 1)
-        return summed
+        ]
 
     def of_inputs(self, inputs: tf.Tensor) -> tf.Tensor:
         """Inputs [batch, *sizes, channels] as [batch, *outputs, row].
@@ -97,18 +100,7 @@ class Windows:
         """
         rank = len(self.kernel)
         inputs = tf.pad(inputs, [(0, 0), *self.padding, (0, 0)])
-        for i, (count, k, stride, dilation) in enumerate(
-            zip(
-                self.outputs,
-                self.kernel,
-                self.strides,
-                self.dilations,
-                strict=True,
-            )
-        ):
-            places = np.add.outer(
-                stride * np.arange(count), dilation * np.arange(k)
-            )
+        for i, places in enumerate(self._places()):
             inputs = tf.gather(inputs, places, axis=1 + 2 * i)
         positions = range(1, 1 + 2 * rank, 2)
         within = range(2, 2 + 2 * rank, 2)
