@@ -330,6 +330,7 @@ def fitted(model):
 
 CASES = list(
     models.pairwise(
+        ("structure", "shaping"),
         structure=["fixed", "isotropic", "layerwise", "separable"],
         shaping=["identity", "standardize", "centered_rank", "nes"],
         antithetic=[True, False],
