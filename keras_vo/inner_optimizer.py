@@ -122,13 +122,12 @@ def check_no_overwriting(inner: Any) -> None:
 
 
 def check_settable(inner: Any) -> None:
-    """Raises if its learning rate is a schedule."""
-    rate = inner.get_config().get("learning_rate")
-    if isinstance(rate, dict):
+    """Raises if its learning rate is a schedule or a function."""
+    if not hasattr(inner.learning_rate, "assign"):
         raise ValueError(
             "adaptation_sampling=True sets the learning rate of the inner "
             "optimizer. Expected: one whose learning rate is a number. "
-            f"Received: the schedule {rate.get('class_name')}"
+            f"Received: {type(inner).__name__} with a schedule or a function"
         )
 
 

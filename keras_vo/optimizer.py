@@ -128,9 +128,10 @@ class VOOptimizer(Minimize):
             model) to a list of tensors like the variables. It has not paid on
             digits and MNIST (benchmarks/results/sensitivity.md).
         adaptation_sampling: whether the learning rates of the mean and of the
-            log variance adapt [2, section 3.3] (for rates that are not known:
-            in mini-batches they end too high): up by a tenth where members,
-            weighted as if a larger step had been taken, have better losses,
+            log variance adapt [2, section 3.3] (for rates that are not known,
+            on whole batches and functions: where losses say little of many
+            weights they go to ten times the first): up by a tenth where
+            members, weighted as if a larger step had been taken, have better losses,
             else back to where they began, a tenth of the way: see
             `keras_vo.search.adaptation_sampling`. For noise of full rank,
             and an inner optimizer without a schedule.

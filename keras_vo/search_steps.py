@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_vo import checks, interrupts
+from keras_vo import inner_optimizer as inner_lib
 from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.evaluation.isolation import Isolation
@@ -231,6 +232,8 @@ class SearchSteps(SearchFiles):
             sensitivity: s [d] of this generation; `None`: 1.
             probed: whether its gradient is measured, even if no one observes.
         """
+        if MEAN_RATE in self._rule_state:
+            inner_lib.check_settable(self.inner_optimizer)
         positions = {id(v): i for i, v in enumerate(variables)}
         sites = together.sites(recording, positions)
         scale = self._scale_of(sites) if sites else None

@@ -55,8 +55,27 @@ def test_mann_whitney_of_losses_that_are_not_finite_or_all_equal():
     )
     assert mann_whitney(ranks, weights, known) < 0.5
     assert mann_whitney(-ranks, weights, known) > 0.5
-    equal = mann_whitney(tf.ones([4], tf.float64), weights, known)
-    np.testing.assert_allclose(equal, 0.5)
+    for dtype in ("float32", "float64"):
+        ones = tf.ones([127], dtype)
+        rising = tf.linspace(tf.zeros([], dtype), 1.0, 127)
+        assert mann_whitney(ones, rising, ones > 0) == 0.5
+        even = float(mann_whitney(rising, ones, ones > 0))
+        assert abs(even - 0.5) < 1e-9
+
+
+def test_infinite_losses_among_missing_ones():
+    losses = np.array([1, 2, 3, 4, np.inf, np.nan, np.inf, np.nan, np.inf, 5])
+    weights = np.linspace(1.0, 0.05, 10)
+    order = np.argsort(losses)  # what is missing last
+    found = [
+        mann_whitney(tf.constant(f), tf.constant(w), tf.constant(~np.isnan(f)))
+        for f, w in (
+            (losses, weights),
+            (losses[order], weights[order]),
+            (losses[order][:8], weights[order][:8]),
+        )
+    ]
+    np.testing.assert_allclose(found, found[0])
 
 
 def test_threshold():
@@ -248,16 +267,40 @@ def test_rates_that_are_ten_times_too_small():
     assert sphere(0.1, True, 0) < 0.2 < 5 < sphere(0.1, False, 0)
 
 
-def test_a_learning_rate_that_is_set_is_where_it_returns_to():
+@pytest.mark.parametrize("factor, first", [(0.01, 0.01), (0.99, 1), (3, 3)])
+def test_a_learning_rate_that_is_set(factor, first):
+    """It returns to less than before, and to more than it was; a callback that
+    lowers an adapted rate by a factor leaves where it returns to.
+    """
     variables, optimizer = variables_of_a_search(), search()
-    for _ in range(3):
+    while float(optimizer.learning_rate) < 0.12:
         optimizer.minimize(objective, variables)
-    optimizer.learning_rate = 1e-3
+    rate = factor * float(optimizer.learning_rate)
+    optimizer.learning_rate = rate
     optimizer.minimize(objective, variables)
-    rate = float(optimizer.learning_rate)
-    assert rate in (pytest.approx(1e-3), pytest.approx(1.1e-3))
-    first = float(optimizer._rule_state["initial_mean_rate"])
-    assert first == pytest.approx(1e-3)
+    got = float(optimizer._rule_state["initial_mean_rate"])
+    want = 0.1 if first == 1 else rate
+    assert got == pytest.approx(want)
+    now = float(optimizer.learning_rate)
+    assert now in (
+        pytest.approx(1.1 * rate),
+        pytest.approx(0.9 * rate + 0.1 * want),
+    )
+
+
+def test_the_variance_adapts_where_the_mean_stays():
+    """At an optimum sigma can't fall too fast, as members say."""
+    variables = [tf.Variable(tf.zeros([40]))]
+    optimizer = search(keras.optimizers.SGD(0.0), "isotropic")
+
+    @tf.function
+    def steps():
+        for _ in range(30):
+            optimizer.minimize(lambda w: tf.reduce_sum(w[0] ** 2), variables)
+
+    steps()
+    assert float(optimizer._rule_state["variance_rate"]) > 2
+    assert float(optimizer.learning_rate) == 0
 
 
 def test_steps_without_a_finite_loss_leave_the_rates():
@@ -404,8 +447,17 @@ def test_one_replica_and_two(exchange):
 
 def test_schedules_are_refused():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
-    with pytest.raises(ValueError, match="Received: the schedule CosineDecay"):
+    with pytest.raises(ValueError, match="Received: SGD with a schedule"):
         search(keras.optimizers.SGD(schedule))
+    with pytest.raises(ValueError, match="Received: SGD with a schedule"):
+        search(keras.optimizers.SGD(lambda: 0.1))
+    variables, optimizer = variables_of_a_search(), search()
+    optimizer.minimize(objective, variables)
+    before = flat(variables)
+    optimizer.learning_rate = schedule
+    with pytest.raises(ValueError, match="Received: SGD with a schedule"):
+        optimizer.minimize(objective, variables)
+    np.testing.assert_array_equal(flat(variables), before)
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "local_reparam", "auto"])

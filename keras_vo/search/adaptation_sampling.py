@@ -68,17 +68,18 @@ def mann_whitney(
     Args:
         losses: f [N].
         weights: w [N], not negative.
-        known: k [N], 0 where there is no loss, else 1.
+        known: k [N], whether there is a loss.
 
     Returns:
-        p, a scalar; 1/2 where all losses are equal.
+        p, a scalar float64; 1/2 where all losses are equal.
     """
-    dtype = weights.dtype
-    known = tf.cast(known, dtype)
-    losses = tf.clip_by_value(losses, losses.dtype.min, losses.dtype.max)
-    weights = known * weights
-    order = tf.argsort(tf.where(known > 0, losses, losses.dtype.max))
-    f, k, w = (tf.gather(x, order) for x in (losses, known, weights))
+    dtype = tf.float64  # small differences of large sums
+    highest = losses.dtype.max
+    losses = tf.where(known, tf.minimum(losses, highest), highest)
+    order = tf.argsort(losses)
+    f = tf.gather(losses, order)
+    k = tf.gather(tf.cast(known, dtype), order)
+    w = k * tf.gather(tf.cast(weights, dtype), order)
     count = tf.reduce_sum(k)
     share = tf.math.divide_no_nan(w, tf.reduce_sum(w))
     # As many as all that are known, if all weigh the same.
@@ -102,7 +103,9 @@ def mann_whitney(
         tf.reduce_sum(ties**3 - ties), total * (total - 1)
     )
     variance = tf.math.divide_no_nan(total + 1 - correction, 12 * count * size)
+    differ = tf.reduce_max(of_known) < count
     z = tf.math.divide_no_nan(better - 0.5, tf.sqrt(tf.nn.relu(variance)))
+    z = tf.where(differ, z, tf.zeros_like(z))
     return 0.5 * tf.math.erfc(z / math.sqrt(2.0))
 
 
@@ -110,11 +113,12 @@ def mann_whitney(
 class AdaptationSampling(Stateless):
     """The rule: rates of the mean and of the log variance adapt.
 
-    Its state is `mean_rate`, that of the inner optimizer (0: it has not begun),
-    and `initial_mean_rate`, to which it returns; `variance_rate`, a factor of
-    the rate of the log variance; and the larger steps, `larger_mean` [d] and
-    `larger_log_variance` [groups]. A learning rate that is set meanwhile is the
-    one that it returns to.
+    Its state is `adapting`, whether there was a step; `mean_rate`, that of the
+    inner optimizer, and `initial_mean_rate`, to which it returns;
+    `variance_rate`, a factor of the rate of the log variance; and the larger
+    steps, `larger_mean` [d] and `larger_log_variance` [groups]. A learning rate
+    that is set meanwhile is what it returns to if it is less than that, or more
+    than it was: callbacks that lower an adapted rate by a factor leave that.
 
     Attributes:
         size: d.
@@ -127,6 +131,7 @@ class AdaptationSampling(Stateless):
     def init(self, log_variance: tf.Tensor) -> dict[str, tf.Tensor]:
         zero = tf.zeros([], log_variance.dtype)
         return {
+            "adapting": zero,
             MEAN_RATE: zero,
             "initial_mean_rate": zero,
             _VARIANCE_RATE: zero + 1,
@@ -147,6 +152,7 @@ class AdaptationSampling(Stateless):
         if proposal.fraction is not None:
             larger = tf.where(proposal.fraction < 1, 1.0, larger)
         return {
+            "adapting": tf.ones_like(rate),
             MEAN_RATE: rate,
             "initial_mean_rate": first,
             _VARIANCE_RATE: factor,
@@ -168,9 +174,10 @@ class AdaptationSampling(Stateless):
         if step.learning_rate is None:
             raise ValueError("Expected a learning rate of the mean")
         now = tf.cast(step.learning_rate, factor.dtype)
-        new = tf.not_equal(now, state[MEAN_RATE])
-        first = tf.where(new, now, state["initial_mean_rate"])
-        begun = state[MEAN_RATE] > 0
+        begun, first = state["adapting"] > 0, state["initial_mean_rate"]
+        first = tf.where(now < state[MEAN_RATE], tf.minimum(now, first), first)
+        raised = (now > state[MEAN_RATE]) | ~begun
+        first = tf.where(raised, now, first)
         mean_better, variance_better = self._better(step, state)
         rate = _next(now, first, mean_better & begun, _MOST * first)
         # As the inner optimizer's variable has it.
