@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from keras_vo.evaluation import per_example
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.evaluation.whole_batch import WholeBatch
 from keras_vo.keras_compat.losses import losses_as_returned
+from keras_vo.outputs_of_batch import OutputsOfBatch
 from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.local import LocalReparam
 from keras_vo.perturbations.scope import Recording
@@ -60,6 +62,28 @@ class LossesOfBatch:
     def predict(self) -> Any:
         """The predictions of the model as it is, in training."""
         return self._called(self._x)
+
+    def outputs(
+        self, y_pred: Any, means: Sequence[tf.Tensor], dtype: tf.DType
+    ) -> OutputsOfBatch:
+        """What the network puts out at other weights.
+
+        Args:
+            y_pred: the mean's predictions.
+            means: mu, the values of the trainable variables.
+            dtype: of what is computed.
+        """
+        first = next(i for i in keras.tree.flatten(self._x) if i is not None)
+        return OutputsOfBatch(
+            self._model,
+            self._x,
+            self._state,
+            means,
+            y_pred,
+            tf.shape(first)[0],
+            self._isolation,
+            dtype,
+        )
 
     def _called(self, x: Any) -> Any:
         if "training" in inspect.signature(self._model.call).parameters:

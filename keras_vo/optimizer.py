@@ -131,8 +131,8 @@ class VOOptimizer(Minimize):
             log variance adapt [2, section 3.3] (for rates that are not known,
             on whole batches and functions: where losses say little of many
             weights they go to ten times the first): up by a tenth where
-            members, weighted as if a larger step had been taken, have better losses,
-            else back to where they began, a tenth of the way: see
+            members, weighted as if a larger step had been taken, have better
+            losses, else back to where they began, a tenth of the way: see
             `keras_vo.search.adaptation_sampling`. For noise of full rank,
             and an inner optimizer without a schedule.
         sensitivity_period: steps after which it is measured again, from the

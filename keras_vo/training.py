@@ -19,7 +19,6 @@ from keras_vo.keras_compat import (
 )
 from keras_vo.losses_of_batch import LossesOfBatch
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
-from keras_vo.outputs_of_batch import OutputsOfBatch
 from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.calls import densified
 from keras_vo.perturbations.scope import Recording
@@ -117,16 +116,7 @@ class VOTrainStep(StepFunctions):
             check_batch(recording, some)
             credit_weights = losses.judge_examples(y_pred, some)
         loss = losses.reduced(loss)
-        outputs = OutputsOfBatch(
-            self,
-            x,
-            state,
-            means,
-            y_pred,
-            examples,
-            isolation,
-            optimizer.dtype_of_search,
-        )
+        outputs = losses.outputs(y_pred, means, optimizer.dtype_of_search)
         report = optimizer.take_step(
             losses.of_member,
             self.trainable_variables,

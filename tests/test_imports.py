@@ -88,6 +88,7 @@ ROOMS = {
         "perturbations",
         "keras_compat",
         "layer_state",
+        "outputs_of_batch",
         "replicas",
         "search",
     },
