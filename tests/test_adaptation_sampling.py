@@ -295,7 +295,7 @@ def test_the_variance_adapts_where_the_mean_stays():
 
     @tf.function
     def steps():
-        for _ in range(30):
+        for _ in tf.range(30):
             optimizer.minimize(lambda w: tf.reduce_sum(w[0] ** 2), variables)
 
     steps()

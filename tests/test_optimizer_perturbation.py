@@ -713,13 +713,13 @@ def everything():
 def test_low_rank_draws_few_normals(monkeypatch):
     """Per kernel its last axis and the product of the others; each bias."""
     sizes = []
-    source = engine.Search._source
+    source = engine.Search.source
 
     def noted(self, level, members, activations):
         sizes.append(self.perturbations.at(level).noise_size)
         return source(self, level, members, activations)
 
-    monkeypatch.setattr(engine.Search, "_source", noted)
+    monkeypatch.setattr(engine.Search, "source", noted)
     rng = np.random.default_rng(0)
     ids, y = rng.integers(0, 7, (24, 6)), rng.normal(size=(24, 2))
     model = make(everything, "low_rank")
