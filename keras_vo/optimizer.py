@@ -128,7 +128,7 @@ class VOOptimizer(Minimize):
             model) to a list of tensors like the variables. It has not paid on
             digits and MNIST (benchmarks/results/sensitivity.md).
         adaptation_sampling: whether the learning rates of the mean and of the
-            log variance adapt [2, section 3.3] (for rates that are not known,
+            log variance adapt [2] (for rates that are not known,
             on whole batches and functions: where losses say little of many
             weights they go to ten times the first): up by a tenth where
             members, weighted as if a larger step had been taken, have better

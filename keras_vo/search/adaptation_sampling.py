@@ -7,7 +7,7 @@ theta', the population that is drawn from theta' answers: it is weighted with
 
 as if it were from theta'', where the step had been larger. If the losses with
 these weights are better than without, by a weighted Mann-Whitney test, the
-learning rate rises; else it falls back to where it began [1, section 3.3]:
+learning rate rises; else it falls back to where it began [1]:
 
     p < 1/2 - 1 / (3 (d + 1)):   eta <- min(1.1 eta, eta_max)
     else:                        eta <- .9 eta + .1 eta_0
@@ -42,7 +42,7 @@ MEAN_RATE, _VARIANCE_RATE = "mean_rate", "variance_rate"
 # The larger step, of the one that was taken.
 _LARGER = 3.0
 _UP, _BACK = 1.1, 0.1
-# The largest rate of the mean, in units of the one it began with, and of the
+# The largest rate of the mean, in units of the one it returns to, and of the
 # log variance.
 _MOST, _MOST_OF_VARIANCE = 100.0, 1.0
 
