@@ -1,5 +1,7 @@
 """Chunks: plans, padding, kept or redrawn noise, ways to evaluate."""
 
+import functools
+
 import models
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import tensorflow as tf
 from keras_vo.evaluation.graph import evaluate
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.search.chunks import ChunkPlan, NoiseSource
-from keras_vo.search.credit import MEMBER, reduce_noise
+from keras_vo.search.credit import MEMBER, each, reduce_noise
 from keras_vo.search.members import Members, Shard
 
 D = 5
@@ -72,6 +74,15 @@ def test_losses_and_sums_do_not_depend_on_chunks(case):
 
 def weighted(noise, records, rows):
     return [tf.linalg.matvec(noise.weights, rows[0], transpose_a=True)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7])
+def test_a_row_for_each_direction(chunk):
+    """Padding repeats the last direction: no row may have it twice."""
+    source = make_source(7, chunk, keep=False)
+    reduce = functools.partial(reduce_noise, source)
+    rows = each(reduce, lambda noise: noise.weights[:, :2], 7)
+    np.testing.assert_array_equal(rows, drawn(7)[:, :2])
 
 
 @pytest.mark.parametrize(

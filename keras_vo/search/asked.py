@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
@@ -77,19 +77,18 @@ def _log_ratios(
     kinds, signs = search.perturbations.at(MEMBER), members.signs
     shard = search.shard(members)
 
-    def chunk(noise: Noise, records: Any, cut: list[tf.Tensor]) -> tf.Tensor:
+    def ratios(noise: Noise) -> tf.Tensor:
         found = tf.stack([kinds.log_ratios(noise, signs, o) for o in others])
         by_row = tf.transpose(found, [2, 0, 1])
-        shape = [shard.size, len(others), len(signs)]
-        return tf.scatter_nd(cut[0][:, None], by_row, shape)
+        return tf.ensure_shape(by_row, [None, len(others), len(signs)])
 
-    rows = [tf.range(shard.size)]
     if evaluated is None:
         own = members.shard(shard)
         source = search.source(MEMBER, own, activations=False)
-        found = credit.reduce_noise(source, chunk, rows)
+        reduce = functools.partial(credit.reduce_noise, source)
     else:
-        found = evaluated.reduce(chunk, rows)
+        reduce = evaluated.reduce
+    found = credit.each(reduce, ratios, shard.size)
     by_other = tf.unstack(tf.transpose(found, [1, 2, 0]), num=len(others))
     placed = [shard.place(tf.reshape(part, [-1])) for part in by_other]
     return search.communicator.sum([tf.stack(placed)])[0]

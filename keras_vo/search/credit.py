@@ -40,6 +40,7 @@ __all__ = [
     "Rows",
     "Shaping",
     "all_losses",
+    "each",
     "is_blurred",
     "narrow",
     "narrowed",
@@ -294,6 +295,28 @@ def _baseline(outcomes: Outcomes, losses: tf.Tensor) -> tf.Tensor:
         return of_members
     baseline = tf.cast(outcomes.baseline, losses.dtype)
     return tf.where(tf.math.is_finite(baseline), baseline, of_members)
+
+
+def each(
+    reduce: Callable[..., Any],
+    function: Callable[[Noise], tf.Tensor],
+    directions: int,
+) -> tf.Tensor:
+    """A row for each direction, of what else sums over chunks: [D, ...].
+
+    Args:
+        reduce: as `Evaluated.reduce`.
+        function: from the noise of a chunk to its rows, of a known shape.
+        directions: D.
+    """
+
+    def chunk(noise: Noise, records: Any, cut: list[tf.Tensor]) -> tf.Tensor:
+        rows = function(noise)
+        shape = [directions + 1, *rows.shape[1:]]
+        return tf.scatter_nd(cut[0][:, None], rows, shape)
+
+    # What repeats the last direction, in padding, has the number 0.
+    return reduce(chunk, [tf.range(1, directions + 1)])[1:]
 
 
 def reduce_noise(
