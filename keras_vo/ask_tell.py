@@ -29,6 +29,7 @@ from keras_vo.population import (
 )
 from keras_vo.replicas import strategies
 from keras_vo.search.credit import MEMBER, Outcomes
+from keras_vo.search.importance_mixing import mix
 from keras_vo.search.state import Judged
 from keras_vo.search_steps import SearchSteps
 from keras_vo.told import Found, Report, checked_results
@@ -42,35 +43,6 @@ class AskTell(SearchSteps):
     antithetic: bool
     _last_asked: Callable[[], Population] | None = None
     _last_report: Report | None = None
-
-    @property
-    def best_loss(self) -> float:
-        """The least loss of any member so far, with `keep_best=True`.
-
-        Raises:
-            ValueError: it is not kept, or the optimizer is not built yet.
-        """
-        return float(self._kept("best_loss"))
-
-    @property
-    def best_weights(self) -> list[np.ndarray]:
-        """Its weights, in the order of the variables; zeros before a step."""
-        flat = tf.constant(self._kept("best_weights"))
-        return [
-            tf.cast(weight, variable.dtype).numpy()
-            for weight, variable in zip(
-                self._layout.unflatten(flat), self._trained(), strict=True
-            )
-        ]
-
-    def _kept(self, name: str) -> np.ndarray:
-        self._check_built(name)
-        if name not in self._rule_state:
-            raise ValueError(
-                f"`{name}` is that of VOOptimizer(keep_best=True). "
-                "Received: keep_best=False"
-            )
-        return _now(self._rule_state[name])
 
     @property
     def report(self) -> Report | None:
@@ -198,10 +170,19 @@ class AskTell(SearchSteps):
         values = list(map(_now, self._trained()))
         return not equal(values, population.rounded_means)
 
-    def _population(self) -> Population:
-        """That of this generation."""
+    def _population(self, around: Population | None = None) -> Population:
+        """That of this generation.
+
+        Args:
+            around: of the search distribution whose mean and sensitivities it
+                has; `None`: the mean is what the variables hold.
+        """
         variables = self._trained()
-        gaussian = self._gaussian(variables, self.measured_sensitivity(None))
+        if around is None:
+            s = self.measured_sensitivity(None)
+            gaussian = self._gaussian(variables, s)
+        else:
+            gaussian = self._gaussian_around(*_center(around))
         frame = Frame(
             tuple(Weight.of(v) for v in variables), self._layout, self.choice
         )
@@ -210,40 +191,54 @@ class AskTell(SearchSteps):
         sensitivity = gaussian.sensitivity
         if sensitivity is not None:
             sensitivity = sensitivity.numpy()
+        size, directions, places = self.population_size, None, None
+        if self.importance_mixing is not None:
+            mixed = mix(
+                gaussian,
+                (_now(self._seed), _now(self.generations)),
+                {k: tf.constant(_now(v)) for k, v in self._rule_state.items()},
+                self.importance_mixing,
+                self.memory_budget,
+            )
+            places = np.flatnonzero(mixed.new)
+            directions = mixed.members.index.numpy()[places]
+            size = len(places)
         seeds = Seeds(
             int(_now(self._seed)),
             int(_now(self.generations)),
-            self.population_size,
+            size,
             self.antithetic,
-            fingerprint(frame, means, log_variance, sensitivity),
+            fingerprint(frame, means, log_variance, sensitivity, directions),
         )
-        own: Sequence[int] = range(self.population_size)
+        own: Sequence[int] = range(size)
         if strategies.is_multi_worker(self._strategy):
             signs = 1 + self.antithetic
-            directions = strategies.own_directions(
-                self.population_size // signs
-            )
+            total = self.population_size // signs
+            here = strategies.own_directions(total)
             own = [
-                direction + sign * (self.population_size // signs)
+                direction + sign * total
                 for sign in range(signs)
-                for direction in directions
+                for direction in here
             ]
-        return Population(frame, means, log_variance, sensitivity, seeds, own)
+            if places is not None:
+                own = np.flatnonzero(np.isin(places, own)).tolist()
+        return Population(
+            frame, means, log_variance, sensitivity, seeds, own, directions
+        )
 
     @tf.autograph.experimental.do_not_convert
     def _tell(self, population: Population, results: np.ndarray) -> Found:
         """A step, in one replica."""
         variables = self._trained()
+        recording = Recording(variables, self.choice)
         search, _ = self.search(
-            variables,
-            [tf.convert_to_tensor(mean) for mean in population.means],
-            Recording(variables, self.choice),
-            None
-            if population.sensitivity is None
-            else tf.convert_to_tensor(population.sensitivity),
-            probed=True,
+            variables, *_center(population), recording, probed=True
         )
-        members = search.ask()
+        members, mixed = search.ask(), search.mixed
+        if mixed is not None:
+            told = results
+            results = np.full(len(members), np.nan, told.dtype)
+            results[np.flatnonzero(mixed.new)] = told
         shard = search.shard(members)
         by_sign = results.reshape(len(members.signs), -1)
         own = by_sign[:, shard.start : shard.start + shard.size].reshape(-1)
@@ -264,6 +259,7 @@ class AskTell(SearchSteps):
             report.any_finite,
             kl_of(step),
             signal_to_noise_of(step),
+            mixed,
         )
 
     def _sigma(self) -> float:
@@ -300,10 +296,9 @@ class AskTell(SearchSteps):
         What the variables hold may have changed meanwhile, if it was asked
         for here: see `_start_at`.
         """
-        here = self._population()
         asked = self._last_asked and self._last_asked()
-        if asked and asked.seeds == population.seeds:
-            here = here.around(population)
+        known = asked and asked.seeds == population.seeds
+        here = self._population(population if known else None)
         check_seeds(population.seeds, here.seeds)
 
     @staticmethod
@@ -323,6 +318,17 @@ class AskTell(SearchSteps):
                 "outside of any `tf.function` and replica (`minimize` works in "
                 f"both). Received: a call in a {where}"
             )
+
+
+def _center(
+    population: Population,
+) -> tuple[list[tf.Tensor], tf.Tensor | None]:
+    """mu and the sensitivities of a population, as tensors."""
+    s = population.sensitivity
+    return (
+        [tf.convert_to_tensor(mean) for mean in population.means],
+        None if s is None else tf.convert_to_tensor(s),
+    )
 
 
 def _now(variable: Any) -> np.ndarray:

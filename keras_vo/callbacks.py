@@ -14,9 +14,8 @@ import keras
 import numpy as np
 
 from keras_vo import checks
-from keras_vo.monitor import dashboard
-from keras_vo.monitor.observer import NUMBERS, StepObserver, known_means
-from keras_vo.monitor.records import CsvRecord, TensorBoardRecord
+from keras_vo.monitor import dashboard, records
+from keras_vo.monitor.observer import NUMBERS, StepObserver
 from keras_vo.optimizer import VOOptimizer, find_vo_optimizer
 from keras_vo.replicas import workers
 
@@ -59,6 +58,8 @@ class SearchMonitor(keras.callbacks.Callback):
     - `utility_spread`: standard deviation of the members' utilities.
     - `divergence` of a member's outputs (`keras_vo.monitor.divergence`), in one
       of eight steps of `fit`; without `sensitivity`, `divergence_unscaled`.
+    - with `importance_mixing`, what `keras_vo.search.importance_mixing.Mixing`
+      says; of an epoch its last values.
     - `nonfinite_share`: of the members, those whose loss is not finite.
     - `evaluations`: members evaluated since the monitor is attached, and
       `evaluations_per_second` (the first row's has the tracing of the step).
@@ -71,10 +72,9 @@ class SearchMonitor(keras.callbacks.Callback):
     and the SNR of a single direction, too, and (as with noise on activations in
     seven of eight steps) what is not measured. Means leave NaN out.
 
-    The numbers are computed within the step; nothing else about it changes,
-    and a step that no monitor watches is the same as ever. They are taken from
-    there, and written to files, in 32 steps or a second. Under a strategy the
-    first worker alone writes files; pass the monitor on all workers.
+    The numbers are computed within the step, which changes nothing else, and
+    written to files in 32 steps or a second. Under a strategy the first worker
+    alone writes files; pass the monitor on all workers.
 
     Args:
         every: `"step"`, `"epoch"` (means over its steps, of which one in
@@ -126,9 +126,10 @@ class SearchMonitor(keras.callbacks.Callback):
             )
         self._records: list[Any] = []
         if csv is not None:
-            self._records.append(CsvRecord(os.fspath(csv), append))
+            self._records.append(records.CsvRecord(os.fspath(csv), append))
         if tensorboard is not None:
-            self._records.append(TensorBoardRecord(os.fspath(tensorboard)))
+            folder = os.fspath(tensorboard)
+            self._records.append(records.TensorBoardRecord(folder))
         self._optimizer: VOOptimizer | None = None
         self._begin(StepObserver())
 
@@ -228,7 +229,7 @@ class SearchMonitor(keras.callbacks.Callback):
         if self._of_epoch:
             rows = np.stack(self._of_epoch)
             row = rows[-1].copy()
-            row[_MEANS] = known_means(rows[:, _MEANS])
+            row[_MEANS] = records.known_means(rows[:, _MEANS])
             self._write(row)
         passed = time.time() - self._drawn
         if self._drawing < _DRAWING * passed:
@@ -338,10 +339,8 @@ class SearchMonitor(keras.callbacks.Callback):
 
 
 def _checked_every(every: Any) -> Any:
-    if every == "step":
-        return 1
-    if every == "epoch":
-        return every
+    if every in ("step", "epoch"):
+        return 1 if every == "step" else every
     if isinstance(every, str):
         raise ValueError(
             '`every` must be "step", "epoch" or a number of steps. '

@@ -20,11 +20,10 @@ import tensorflow as tf
 from keras_vo.search.credit import EXAMPLE, MEMBER, POSITION
 
 __all__ = [
+    "as_float",
     "blurred_message",
     "check_batch",
-    "check_full",
     "check_variables",
-    "checked_credit",
     "checked_integer",
     "checked_losses",
     "checked_number",
@@ -68,7 +67,7 @@ def checked_seed(seed: int) -> int:
 
 def checked_number(name: str, value: Any) -> float:
     """`value`, which is positive and finite: Python's, NumPy's, a tensor's."""
-    number = _as_float(value)
+    number = as_float(value)
     if not 0 < number < math.inf:
         raise ValueError(
             f"`{name}` must be a positive, finite number. "
@@ -79,7 +78,7 @@ def checked_number(name: str, value: Any) -> float:
 
 def checked_integer(name: str, value: Any, least: int = 1) -> int:
     """`value`, at least `least`, as an integer."""
-    number = _as_float(value)
+    number = as_float(value)
     if not least <= number < math.inf or number != int(number):
         raise ValueError(
             f"`{name}` must be an integer of {least} or more. "
@@ -88,29 +87,7 @@ def checked_integer(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
-    """The finest level of credit, and the discount of later positions."""
-    if not isinstance(credit, str) or credit not in (EXAMPLE, POSITION):
-        raise ValueError(
-            f"`credit` must be one of {[EXAMPLE, POSITION]}. "
-            f"Received: credit={credit!r}"
-        )
-    number = _as_float(discount)
-    if not 0 <= number <= 1:
-        raise ValueError(
-            "`position_discount` must be a number in [0, 1]. "
-            f"Received: position_discount={discount!r}"
-        )
-    if number and credit != POSITION:
-        raise ValueError(
-            "`position_discount` is that of credit by position. Expected: "
-            f'credit="position", or 0. Received: {discount!r} with '
-            f"credit={credit!r}"
-        )
-    return credit, number
-
-
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
     """A number as a float; NaN if it is none."""
     if isinstance(value, (str, bytes, bool, np.bool_)) or np.ndim(value):
         return math.nan
@@ -118,17 +95,6 @@ def _as_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
-
-
-def check_full(argument: str, perturbation: str) -> None:
-    """Raises for noise under which members' weights have no density."""
-    if perturbation != "full":
-        raise ValueError(
-            f"{argument} needs the density of members' weights under other "
-            "search distributions, which noise of low rank and noise on "
-            'activations have not. Expected: perturbation="full". '
-            f"Received: perturbation={perturbation!r}"
-        )
 
 
 def check_variables(variables: list[Any]) -> None:

@@ -151,13 +151,15 @@ def fingerprint(
     frame: Frame,
     means: Sequence[np.ndarray],
     log_variance: np.ndarray,
-    sensitivity: np.ndarray | None,
+    *more: np.ndarray | None,
 ) -> str:
-    """Of a search distribution: others have another one."""
+    """Of a search distribution, and what else there is: others have another
+    one.
+    """
     digest = hashlib.blake2b(digest_size=8)
     shapes = [(weight.shape, weight.dtype) for weight in frame.weights]
     digest.update(repr((shapes, frame.layout.groups, frame.choice)).encode())
-    more = () if sensitivity is None else (sensitivity,)
     for array in (*means, log_variance, *more):
-        digest.update(np.ascontiguousarray(array).tobytes())
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

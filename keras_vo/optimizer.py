@@ -17,19 +17,17 @@ from typing import Any
 
 import keras
 
-from keras_vo import checks, constraints
+from keras_vo import checks
 from keras_vo import fitness_shaping as shaping_lib
 from keras_vo import inner_optimizer as inner_lib
 from keras_vo import search_distribution as distribution_lib
+from keras_vo import technique_checks as techniques
 from keras_vo.minimize import Minimize
 from keras_vo.perturbations import registry
 from keras_vo.replicas import cost
-from keras_vo.search.activation_scale import ByExample
-from keras_vo.search.adaptation_sampling import AdaptationSampling
-from keras_vo.search.best import KeepBest
 from keras_vo.search.credit import Generation
-from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search.state import Settings
+from keras_vo.search_rules import rules_for
 from keras_vo.sensitivity import checked_sensitivity
 from keras_vo.user_steps import PLAIN_MODEL
 
@@ -135,6 +133,13 @@ class VOOptimizer(Minimize):
             losses, else back to where they began, a tenth of the way: see
             `keras_vo.search.adaptation_sampling`. For noise of full rank,
             and an inner optimizer without a schedule.
+        importance_mixing: the least share of members that is drawn anew, in
+            [0, 1]; others may be members of the last population, with the
+            losses that they had (in `fit`, on a former batch), so chosen that
+            all are distributed as new ones are (`None`: all are new). See
+            `keras_vo.search.importance_mixing` for how many stay, where it
+            pays and what it keeps: 16 sets of weights. For noise of full rank,
+            and `antithetic=False`.
         sensitivity_period: steps after which it is measured again, from the
             batch of that step.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
@@ -192,6 +197,7 @@ class VOOptimizer(Minimize):
         sensitivity: str | Callable[..., Any] | None = None,
         sensitivity_period: int = 10,
         adaptation_sampling: bool = False,
+        importance_mixing: float | None = None,
         seed: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int = 2**29,
@@ -222,7 +228,7 @@ class VOOptimizer(Minimize):
         )
         registry.chosen(perturbation, convolutions)  # or an error
         self.perturbation, self.convolutions = perturbation, convolutions
-        self.credit, self.position_discount = checks.checked_credit(
+        self.credit, self.position_discount = techniques.checked_credit(
             credit, position_discount
         )
         self.examples_population_size = checks.checked_size(
@@ -234,8 +240,11 @@ class VOOptimizer(Minimize):
         )
         self.adaptation_sampling = bool(adaptation_sampling)
         if self.adaptation_sampling:
-            checks.check_full("adaptation_sampling=True", perturbation)
+            techniques.check_full("adaptation_sampling=True", perturbation)
             inner_lib.check_settable(self.inner_optimizer)
+        self.importance_mixing = techniques.checked_alpha(
+            importance_mixing, perturbation, self.antithetic
+        )
         self.seed = None if seed is None else checks.checked_seed(seed)
         if chunk_size is not None:
             chunk_size = checks.checked_integer("chunk_size", chunk_size)
@@ -248,25 +257,17 @@ class VOOptimizer(Minimize):
 
     def settings_for(self, variables: Sequence[Any]) -> Settings:
         """What does not change from step to step, for these weights."""
-        rules: list[Rule] = [
-            ByExample(),
-            *self.search_distribution.rules(variables, self.population_size),
-        ]
-        layout = self.search_distribution.layout(variables)
-        if self.max_kl is not None:
-            project = constraints.projection(variables, layout)
-            rules.append(MaxKL(self.max_kl, project))
-        if self.adaptation_sampling:
-            rules.append(
-                AdaptationSampling(
-                    layout.size,
-                    self.search_distribution.learning_rate
-                    if self.search_distribution.adapts
-                    else None,
-                )
-            )
-        if self.keep_best:
-            rules.append(KeepBest(layout))
+        rules = rules_for(
+            variables,
+            self.search_distribution.layout(variables),
+            self.search_distribution,
+            self.population_size,
+            max_kl=self.max_kl,
+            adaptation_sampling=self.adaptation_sampling,
+            importance_mixing=self.importance_mixing,
+            scaled=self.sensitivity is not None,
+            keep_best=self.keep_best,
+        )
         return Settings(
             self.population_size,
             self.examples_population_size,
@@ -280,6 +281,7 @@ class VOOptimizer(Minimize):
             rules,
             self.chunk_size,
             self.memory_budget,
+            self.importance_mixing,
         )
 
     def scale_loss(self, loss: Any) -> Any:
@@ -315,6 +317,7 @@ class VOOptimizer(Minimize):
             ),
             "sensitivity_period": self.sensitivity_period,
             "adaptation_sampling": self.adaptation_sampling,
+            "importance_mixing": self.importance_mixing,
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "memory_budget": self.memory_budget,

@@ -17,7 +17,6 @@ from keras_vo import checks
 from keras_vo.member_weights import (
     Frame,
     Weight,
-    fingerprint,
     identity,
     maker,
 )
@@ -38,7 +37,8 @@ class Seeds(NamedTuple):
         generation: number of populations before this one.
         size: number of members.
         antithetic: whether members n and n + size / 2 mirror each other.
-        fingerprint: of the search distribution.
+        fingerprint: of the search distribution, and of which noise members
+            have.
     """
 
     base_seed: int
@@ -56,6 +56,8 @@ class Population(Sequence[list[np.ndarray]]):
     satisfy the constraints of their variables. With antithetic sampling member
     n + N/2 mirrors member n.
 
+    With `importance_mixing` it has the new members only.
+
     Attributes:
         seeds: what it can be made of again, by `VOOptimizer.ask`.
         sensitivity: s [d] of the weights, see `VOOptimizer`; `None`: 1.
@@ -72,6 +74,7 @@ class Population(Sequence[list[np.ndarray]]):
         sensitivity: np.ndarray | None,
         seeds: Seeds,
         own: Sequence[int],
+        directions: np.ndarray | None = None,
     ) -> None:
         self._frame = frame
         self._means = list(means)
@@ -79,6 +82,7 @@ class Population(Sequence[list[np.ndarray]]):
         self.sensitivity = sensitivity
         self.seeds = seeds
         self.own = own
+        self._directions = directions
         self._kept: list[tf.Tensor] | None = None
 
     @property
@@ -111,15 +115,6 @@ class Population(Sequence[list[np.ndarray]]):
             np.asarray(tf.cast(mean, weight.dtype).numpy())
             for mean, weight in zip(self._means, self.weights, strict=True)
         ]
-
-    def around(self, other: Population) -> Population:
-        """This population around the means of another one, and with its
-        sensitivities.
-        """
-        frame, beta, s = self._frame, self._log_variance, other.sensitivity
-        mark = fingerprint(frame, other.means, beta, s)
-        seeds = self.seeds._replace(fingerprint=mark)
-        return Population(frame, other.means, beta, s, seeds, self.own)
 
     def __getstate__(self) -> dict[str, Any]:
         for weight in self.weights:
@@ -176,6 +171,9 @@ class Population(Sequence[list[np.ndarray]]):
         indices = np.arange(len(self)) if members is None else self._at(members)
         directions = len(self) // (2 if self.seeds.antithetic else 1)
         signs = np.where(indices < directions, 1.0, -1.0)
+        drawn = indices % directions
+        if self._directions is not None:
+            drawn = self._directions[drawn]
         return list(
             maker(self._frame)(
                 [tf.convert_to_tensor(mean) for mean in self._means],
@@ -185,7 +183,7 @@ class Population(Sequence[list[np.ndarray]]):
                 else tf.convert_to_tensor(self.sensitivity),
                 tf.constant(self.seeds.base_seed, tf.int64),
                 tf.constant(self.seeds.generation, tf.int64),
-                tf.constant(indices % directions, tf.int64),
+                tf.constant(drawn, tf.int64),
                 tf.constant(signs, self._frame.layout.dtype),
             )
         )
@@ -246,7 +244,8 @@ def check_seeds(seeds: Seeds, here: Seeds) -> None:
         seeds: of the population.
         here: of the search.
     """
-    if seeds[:1] + seeds[2:4] == here[:1] + here[2:4]:  # but generations
+    one_search = seeds.base_seed == here.base_seed
+    if one_search and seeds.antithetic == here.antithetic:
         if seeds.generation < here.generation:
             raise ValueError(
                 "Expected a population of generation "

@@ -125,8 +125,8 @@ class SearchSteps(SearchFiles):
         search, perturbations = self.search(
             variables,
             means or variables,
-            recording,
             self.measured_sensitivity(outputs),
+            recording,
         )
         dtype = self._layout.dtype
 
@@ -219,8 +219,8 @@ class SearchSteps(SearchFiles):
         self,
         variables: Sequence[Any],
         means: Sequence[Any],
-        recording: Recording,
         sensitivity: tf.Tensor | None,
+        recording: Recording,
         probed: bool = False,
     ) -> tuple[Search, Perturbations]:
         """The search as it is now, and how it perturbs the variables.
@@ -228,8 +228,8 @@ class SearchSteps(SearchFiles):
         Args:
             variables: those, or what stands for them.
             means: mu, their values.
-            recording: of the mean network's pass.
             sensitivity: s [d] of this generation; `None`: 1.
+            recording: of the mean network's pass.
             probed: whether its gradient is measured, even if no one observes.
         """
         if MEAN_RATE in self._rule_state:

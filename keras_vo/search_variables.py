@@ -41,6 +41,7 @@ class SearchVariables(keras.optimizers.Optimizer):
     seed: int | None
     population_size: int
     sensitivity: Any
+    importance_mixing: float | None
     _rate_by_name: float | None
     _trained: Callable[[], list[Any]]
 
@@ -116,7 +117,7 @@ class SearchVariables(keras.optimizers.Optimizer):
             self._sensitivity = self._add_state("sensitivity", ones)
         super().build(variables)
         if self.observer is not None:
-            self.observer.build(self._layout, *self._layers)
+            self._build_observer(self.observer)
 
     def _initial_rule_state(self) -> dict[str, tf.Tensor]:
         beta = tf.convert_to_tensor(self._log_variance)
@@ -188,6 +189,10 @@ class SearchVariables(keras.optimizers.Optimizer):
             if mean is not variable:
                 self.assign(variable, tf.convert_to_tensor(mean))
 
+    def _build_observer(self, observer: StepObserver) -> None:
+        mixes = self.importance_mixing is not None
+        observer.build(self._layout, *self._layers, mixes)
+
     def observe(self, observer: StepObserver | None) -> None:
         """Lets `observer` see each step whose graph is made from now on.
 
@@ -197,7 +202,7 @@ class SearchVariables(keras.optimizers.Optimizer):
         self.observer = observer
         if self.built and observer is not None:
             with strategies.entered(self._strategy):
-                observer.build(self._layout, *self._layers)
+                self._build_observer(observer)
 
     @property
     def strategy(self) -> Any:
@@ -261,6 +266,35 @@ class SearchVariables(keras.optimizers.Optimizer):
         self.inner_optimizer.finalize_variable_values(self._moved(var_list))
         if self.inner_optimizer.use_ema:
             self._round(var_list)
+
+    @property
+    def best_loss(self) -> float:
+        """The least loss of any member so far, with `keep_best=True`.
+
+        Raises:
+            ValueError: it is not kept, or the optimizer is not built yet.
+        """
+        return float(self._kept("best_loss"))
+
+    @property
+    def best_weights(self) -> list[np.ndarray]:
+        """Its weights, in the order of the variables; zeros before a step."""
+        flat = tf.constant(self._kept("best_weights"))
+        return [
+            tf.cast(weight, variable.dtype).numpy()
+            for weight, variable in zip(
+                self._layout.unflatten(flat), self._trained(), strict=True
+            )
+        ]
+
+    def _kept(self, name: str) -> np.ndarray:
+        self._check_built(name)
+        if name not in self._rule_state:
+            raise ValueError(
+                f"`{name}` is that of VOOptimizer(keep_best=True). "
+                "Received: keep_best=False"
+            )
+        return np.asarray(tf.convert_to_tensor(self._rule_state[name]))
 
     def _check_built(self, what: str) -> None:
         if not self.built:

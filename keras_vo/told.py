@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_vo.search.importance_mixing import Mixed, Mixing
+
 __all__ = ["Found", "Report", "checked_results"]
 
 _EXPECTED = (
@@ -27,6 +29,7 @@ class Found(NamedTuple):
     updated: tf.Tensor
     kl: tf.Tensor
     gradient_snr: tf.Tensor
+    mixed: Mixed | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,9 +40,10 @@ class Report:
 
     Attributes:
         generation: number of populations before this one.
-        losses: the members' [N]; NaN where missing, inf where not finite.
+        losses: the members' [N]; NaN where missing, inf where not finite. As
+            the population, with `importance_mixing` they are the new ones.
         mean_loss: the mean of the finite ones, an estimate of the upper bound
-            U.
+            U. It includes members that are used once more.
         best_loss: the least of them.
         best_member: its index; `None`: no loss is finite.
         evaluations: number of members with a result.
@@ -54,6 +58,8 @@ class Report:
             directions.
         updated: whether mu and sigma have moved: not if less than two members
             had a result, or none a finite one.
+        mixing: what became of the last population, with `importance_mixing`
+            (else `None`), as numbers.
     """
 
     generation: int
@@ -68,11 +74,17 @@ class Report:
     kl: float
     gradient_snr: float
     updated: bool
+    mixing: Mixing | None = None
 
     @classmethod
     def of(cls, generation: int, found: Found, sigma: float) -> Report:
         """From what was found, with the new sigma."""
         losses = found.losses.numpy()
+        every, mixing = losses[np.isfinite(losses)], None
+        if found.mixed is not None:
+            losses = losses[found.mixed.new.numpy()]
+            mixing = Mixing(*(float(x) for x in found.mixed.mixing))
+            mixing = mixing._replace(reused=int(mixing.reused))
         finite = np.isfinite(losses)
         missing = int(np.isnan(losses).sum())
         best = int(np.argmin(np.where(finite, losses, np.inf)))
@@ -80,9 +92,7 @@ class Report:
         return cls(
             generation,
             losses,
-            float(losses[finite].mean(dtype=np.float64))
-            if finite.any()
-            else np.nan,
+            float(every.mean(dtype=np.float64)) if len(every) else np.nan,
             float(losses[best]) if finite.any() else np.nan,
             best if finite.any() else None,
             len(losses) - missing,
@@ -92,6 +102,7 @@ class Report:
             float(found.kl),
             float(found.gradient_snr) if updated else np.nan,
             updated,
+            mixing,
         )
 
 

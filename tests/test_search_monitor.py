@@ -28,7 +28,7 @@ from test_optimizer import (
 import keras_vo
 from keras_vo.callbacks import SearchMonitor
 from keras_vo.layers import LocalReparamDense, LowRankDense
-from keras_vo.monitor import observer
+from keras_vo.monitor import observer, records
 from keras_vo.monitor.divergence import DIVERGENCES
 from keras_vo.perturbations import full
 from keras_vo.replicas import strategies, workers
@@ -546,7 +546,7 @@ def test_epochs_are_means_of_their_steps():
         if name.startswith("sigma") or name in ("step", "evaluations"):
             want = values[:, -1]
         else:
-            want = observer.known_means(values.T)
+            want = records.known_means(values.T)
         np.testing.assert_allclose(
             by_epoch[name], want, rtol=1e-5, err_msg=name
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -103,6 +104,10 @@ def evaluate(
         jit_compile: whether XLA compiles the evaluation (not the noise: XLA
             draws other normals from the same seed).
     """
+    if source.wanted is not None:
+        return _evaluate_some(
+            source.wanted, member, source, isolation, jit_compile
+        )
     plan, signs = source.plan, source.members.signs
 
     def both_signs(noise: Noise, row: int | None = None) -> Found:
@@ -126,6 +131,41 @@ def evaluate(
         for level, values in losses.items()
     }
     return Evaluation(losses, source, run, (first_noise, first.records))
+
+
+def _evaluate_some(
+    wanted: tf.Tensor,
+    member: Member,
+    source: NoiseSource,
+    isolation: Isolation,
+    jit_compile: bool,
+) -> Evaluation:
+    """Evaluates the members that are wanted, one at least; the losses of
+    others are NaN. They have one sign.
+    """
+    count = tf.math.count_nonzero(wanted, dtype=tf.int32)
+    order = tf.argsort(tf.cast(~wanted, tf.int32), stable=True)
+    directions = tf.maximum(count, 1)
+    if tf.executing_eagerly():
+        directions = int(directions)
+    some = dataclasses.replace(
+        source,
+        members=source.members.rows(order),
+        plan=dataclasses.replace(
+            source.plan, directions=directions, keep_noise=False
+        ),
+        wanted=None,
+    )
+    found = evaluate(member, some, isolation, jit_compile)
+    losses = {}
+    for level, values in found.losses.items():
+        size = source.members.directions
+        placed = tf.scatter_nd(order[:directions, None], values, [size])
+        nan = tf.constant(math.nan, values.dtype)
+        losses[level] = tf.where(wanted, placed, nan)
+    # No records: of all noise, only that of weights may be of another member.
+    first = source.chunk(tf.constant(0)), ()
+    return Evaluation(losses, source, found.evaluate, first)
 
 
 def _member_named(source: NoiseSource, row: int | None, sign: float) -> Any:
@@ -187,7 +227,9 @@ def _by_sign(values: tf.Tensor, plan: ChunkPlan, signs: int) -> tf.Tensor:
         values[: plan.directions], [1, 0, *range(2, 2 + rest.rank)]
     )
     flat = tf.reshape(by_sign, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
-    return tf.ensure_shape(flat, [signs * plan.directions, *rest])
+    unknown = tf.is_tensor(plan.directions)
+    size = None if unknown else signs * plan.directions
+    return tf.ensure_shape(flat, [size, *rest])
 
 
 def _chunk_evaluator(

@@ -24,6 +24,7 @@ from keras_vo.search.credit import Pooled, all_losses
 from keras_vo.search.engine import Search
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian, stddev_of, step_kl
+from keras_vo.search.importance_mixing import Mixing
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.signal_to_noise import looks_now, signal_to_noise
 from keras_vo.search.state import Report
@@ -33,7 +34,6 @@ __all__ = [
     "ObservedStep",
     "StepObserver",
     "kl_of",
-    "known_means",
     "observed",
     "signal_to_noise_of",
 ]
@@ -70,6 +70,7 @@ class ObservedStep(NamedTuple):
         variables: indices of those that they perturb, alike.
         base_seed: of the search.
         outputs: of the network on the batch; `None`: there is none.
+        mixing: of the last population; `None`: all members are new.
     """
 
     gaussian: Gaussian
@@ -82,6 +83,7 @@ class ObservedStep(NamedTuple):
     variables: Mapping[str, Sequence[int]]
     base_seed: tf.Tensor
     outputs: Outputs | None = None
+    mixing: Mixing | None = None
 
     @property
     def layout(self) -> WeightLayout:
@@ -113,7 +115,7 @@ def observed(
         variables: mu, after it.
         outputs: of the network on the batch; `None`: there is none.
     """
-    gaussian = search.state.gaussian
+    gaussian, kinds = search.state.gaussian, search.perturbations
     return ObservedStep(
         gaussian,
         search.state.generation,
@@ -126,12 +128,10 @@ def observed(
         report.direction,
         2 if search.settings.antithetic else 1,
         report.pooled,
-        {
-            level: search.perturbations.at(level).variables
-            for level in report.pooled
-        },
+        {level: kinds.at(level).variables for level in report.pooled},
         search.state.base_seed,
         outputs,
+        search.mixed.mixing if search.mixed else None,
     )
 
 
@@ -157,7 +157,11 @@ class StepObserver:
         self._capacity = capacity
 
     def build(
-        self, layout: WeightLayout, groups: Sequence[int], names: Sequence[str]
+        self,
+        layout: WeightLayout,
+        groups: Sequence[int],
+        names: Sequence[str],
+        mixes: bool = False,
     ) -> None:
         """Makes the variables; under a strategy, in its scope.
 
@@ -165,13 +169,15 @@ class StepObserver:
             layout: of the weights.
             groups: for each weight tensor, its layer.
             names: of the layers.
+            mixes: whether former members are used once more.
         """
         self.strategy = strategies.current_strategy()
         self._layers = [
             [i for i, group in enumerate(groups) if group == layer]
             for layer in range(len(names))
         ]
-        self.names = NUMBERS + tuple(
+        mixing = Mixing._fields if mixes else ()
+        self.names = (*NUMBERS, *mixing) + tuple(
             f"sigma/{name}/{statistic}"
             for name in names
             for statistic in ("min", "median", "max")
@@ -189,7 +195,8 @@ class StepObserver:
 
     def observe(self, step: ObservedStep) -> None:
         """Computes the numbers, in a graph or eagerly, and keeps them."""
-        self._evaluations.assign_add(_count(step.evaluated))
+        reused = step.mixing.reused if step.mixing else 0.0
+        self._evaluations.assign_add(_count(step.evaluated) - reused)
         if self.every == 1:
             self._keep(step)
             self._previous.assign(step.direction.mean)
@@ -209,8 +216,9 @@ class StepObserver:
         found = divergences(step.gaussian, step.outputs, seeds, now)
         numbers |= dict(zip(DIVERGENCES, found, strict=True))
         numbers["evaluations"] = tf.convert_to_tensor(self._evaluations)
-        after = tf.stack([numbers[name] for name in NUMBERS[1:]])
-        sigma = self._sigmas(step)
+        numbers |= {} if step.mixing is None else step.mixing._asdict()
+        shown = self.names[1 : len(self.names) - 3 * len(self._layers)]
+        after, sigma = tf.stack([numbers[n] for n in shown]), self._sigmas(step)
         with tf.control_dependencies([after]):
             now = tf.timestamp()[None]
         row = tf.concat([now, after, tf.cast(sigma, tf.float64)], axis=0)
@@ -338,11 +346,3 @@ def _median_of_sigma(values: tf.Tensor) -> tf.Tensor:
     ascending = tf.sort(values)
     middle = tf.stack([ascending[(size - 1) // 2], ascending[size // 2]])
     return tf.reduce_mean(stddev_of(middle))
-
-
-def known_means(rows: np.ndarray) -> np.ndarray:
-    """Means over the first axis of what is not NaN; NaN if all is."""
-    known = ~np.isnan(rows)
-    count = known.sum(axis=0)
-    total = np.where(known, rows, 0.0).sum(axis=0)
-    return np.where(count, total / np.maximum(count, 1), np.nan)

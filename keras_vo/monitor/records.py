@@ -8,11 +8,20 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-__all__ = ["CsvRecord", "TensorBoardRecord", "make_parent"]
+__all__ = ["CsvRecord", "TensorBoardRecord", "known_means", "make_parent"]
 
 Row = Mapping[str, float]
+
+
+def known_means(rows: np.ndarray) -> np.ndarray:
+    """Means over the first axis of what is not NaN; NaN if all is."""
+    known = ~np.isnan(rows)
+    count = known.sum(axis=0)
+    total = np.where(known, rows, 0.0).sum(axis=0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
 
 
 class CsvRecord:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -19,10 +19,26 @@ from keras_vo.search.state import Judged
 if TYPE_CHECKING:
     from keras_vo.search.engine import Search
 
-__all__ = ["best", "weighing"]
+__all__ = ["about"]
 
 
-def best(
+def about(
+    search: Search,
+    populations: Mapping[str, Judged],
+    pooled: Mapping[str, Pooled],
+) -> dict[str, Any]:
+    """Of `rules.Step`: what is said of members, and what says more."""
+    asked: dict[str, Any] = {
+        "best": _best(search, populations, pooled),
+        "weighing": _weighing(search, populations, pooled),
+    }
+    if MEMBER in populations:
+        asked["members"] = populations[MEMBER].members
+        asked["compared"] = pooled[MEMBER].compared
+    return asked
+
+
+def _best(
     search: Search,
     populations: Mapping[str, Judged],
     pooled: Mapping[str, Pooled],
@@ -40,7 +56,7 @@ def best(
     )
 
 
-def weighing(
+def _weighing(
     search: Search,
     populations: Mapping[str, Judged],
     pooled: Mapping[str, Pooled],
@@ -82,6 +98,7 @@ def _log_ratios(
         by_row = tf.transpose(found, [2, 0, 1])
         return tf.ensure_shape(by_row, [None, len(others), len(signs)])
 
+    reduce: Callable[..., Any]
     if evaluated is None:
         own = members.shard(shard)
         source = search.source(MEMBER, own, activations=False)

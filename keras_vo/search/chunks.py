@@ -32,14 +32,15 @@ class ChunkPlan:
     """How a population is cut into chunks of equal size.
 
     Attributes:
-        directions: number of noise vectors in the population.
+        directions: number of noise vectors in the population; a tensor where
+            it depends on which are wanted.
         chunk: number of directions in a chunk; a tensor where it depends on
             the size of the batch. The last chunk may be padded.
         keep_noise: whether all noise of weights is kept until the gradient is
             summed.
     """
 
-    directions: int
+    directions: int | tf.Tensor
     chunk: int | tf.Tensor
     keep_noise: bool
 
@@ -124,6 +125,9 @@ class NoiseSource:
         dtype: dtype of the noise.
         activations: tensors of the shapes of the activations' noise.
         kept: the chunks of the weights' noise, if they are kept.
+        express: from noise [n, size] of the weights and the `origin` of its
+            members [n] to what it is now; `None`: it is what it was.
+        wanted: which of the members are to be evaluated, [D]; `None`: all.
     """
 
     plan: ChunkPlan
@@ -132,6 +136,8 @@ class NoiseSource:
     dtype: tf.DType
     activations: tuple[tf.Tensor, ...] = ()
     kept: tf.TensorArray | None = None
+    express: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None
+    wanted: tf.Tensor | None = None
 
     def chunk(self, index: tf.Tensor) -> Noise:
         """Noise of a chunk, [chunk, ...]: kept or drawn again."""
@@ -139,6 +145,9 @@ class NoiseSource:
             weights = self.kept.read(index)
         else:
             weights = self._draw(index, (self.size,), None)
+            if self.express is not None:
+                origin = tf.gather(self.members.origin, self._rows(index))
+                weights = self.express(weights, origin)
         return Noise(
             weights,
             tuple(
@@ -150,13 +159,17 @@ class NoiseSource:
             ),
         )
 
-    def _draw(
-        self, chunk: tf.Tensor, shape: Any, stream: int | None
-    ) -> tf.Tensor:
+    def _rows(self, chunk: tf.Tensor) -> tf.Tensor:
+        """Those of the table that are in a chunk."""
         size = tf.cast(self.plan.chunk, tf.int32)
         first = tf.cast(chunk, tf.int32) * size
         # Padding repeats the last direction, with no weight in any sum.
-        rows = tf.minimum(first + tf.range(size), self.plan.directions - 1)
+        return tf.minimum(first + tf.range(size), self.plan.directions - 1)
+
+    def _draw(
+        self, chunk: tf.Tensor, shape: Any, stream: int | None
+    ) -> tf.Tensor:
+        rows = self._rows(chunk)
         return noise_lib.draw_noise(
             self.members.base_seed,
             tf.gather(self.members.generation, rows),

@@ -152,12 +152,15 @@ class Pooled(NamedTuple):
         known: how many are not missing, a scalar of the dtype of the losses.
         examples: number of examples of all replicas, alike; 1 where it is not
             a matter of examples.
+        compared: losses less what the replicas' shards of a batch differ by,
+            of which utilities are made [N].
     """
 
     losses: tf.Tensor
     utilities: tf.Tensor
     known: tf.Tensor
     examples: tf.Tensor
+    compared: tf.Tensor
 
     @property
     def usable(self) -> tf.Tensor:
@@ -173,6 +176,7 @@ def pool(
     shape: Shaping,
     shard: Shard,
     communicator: Communicator,
+    former: tf.Tensor | None = None,
 ) -> Pooled:
     """Puts the replicas' losses together, and shapes them.
 
@@ -186,6 +190,8 @@ def pool(
         shape: fitness shaping, from losses [N] to utilities.
         shard: which members these are.
         communicator: to the other replicas.
+        former: losses of members that were known before [N], as they were
+            compared then; NaN of the others. `None`: no one's were.
     """
     losses = outcomes.losses[MEMBER]
     dtype = losses.dtype
@@ -198,12 +204,13 @@ def pool(
     if outcomes.examples is not None:
         examples = tf.cast(outcomes.examples, dtype)
     if communicator.count == 1:
+        losses = _with_former(losses, former)
         if outcomes.missing is not None:
             signs = losses.shape[0] // shard.directions
             utilities, known = shaped_where_known(shape, losses, signs)
-            return Pooled(losses, utilities, known, examples)
+            return Pooled(losses, utilities, known, examples, losses)
         size = tf.constant(losses.shape[0], dtype)
-        return Pooled(losses, shape(losses), size, examples)
+        return Pooled(losses, shape(losses), size, examples, losses)
     own = tf.one_hot(communicator.index, communicator.count, dtype=dtype)
     losses = tf.where(examples > 0, losses, missing)
     baseline = _baseline(outcomes, losses)
@@ -218,8 +225,17 @@ def pool(
     reference = baselines[tf.argmax(seen > 0)]
     owners = Shard.owners(shard.directions, communicator.count)
     offsets = tf.gather(baselines - reference, owners * signs)
-    utilities, known = shaped_where_known(shape, losses - offsets, signs)
-    return Pooled(losses, utilities, known, tf.reduce_sum(seen))
+    compared = _with_former(losses - offsets, former)
+    losses = _with_former(losses, former)
+    utilities, known = shaped_where_known(shape, compared, signs)
+    return Pooled(losses, utilities, known, tf.reduce_sum(seen), compared)
+
+
+def _with_former(losses: tf.Tensor, former: tf.Tensor | None) -> tf.Tensor:
+    if former is None:
+        return losses
+    former = tf.cast(former, losses.dtype)
+    return tf.where(tf.math.is_nan(former), losses, former)
 
 
 def all_losses(pooled: Mapping[str, Pooled]) -> tf.Tensor:

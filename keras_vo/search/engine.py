@@ -28,13 +28,15 @@ from keras_vo.search import (
     credit,
     estimators,
     example_credit,
+    importance_mixing,
+    of_examples,
 )
 from keras_vo.search.chunks import ChunkPlan, Noise, NoiseSource
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.credit import EXAMPLE, MEMBER, Outcomes, Rows
 from keras_vo.search.estimators import Direction
 from keras_vo.search.members import Members, Shard
-from keras_vo.search.rules import Best, Proposal, State, Step, Weighing
+from keras_vo.search.rules import Proposal, State, Step
 from keras_vo.search.signal_to_noise import Probe
 from keras_vo.search.state import (
     Judged,
@@ -82,6 +84,8 @@ class Search:
         has a full one for the credit of its own examples.
         """
         size, replicas = self.settings.population_size, 1
+        if self.mixed is not None and level == MEMBER:
+            return self.mixed.members
         if level != MEMBER:
             size = self.settings.examples_population_size
             replicas = self.communicator.count
@@ -90,6 +94,32 @@ class Search:
             self.state.generation,
             size * replicas,
             self.settings.antithetic,
+        )
+
+    @functools.cached_property
+    def mixed(self) -> importance_mixing.Mixed | None:
+        """The population, of which a part is a former one; `None`: no part.
+
+        Raises:
+            ValueError: members have other noise than that of full rank.
+        """
+        alpha = self.settings.importance_mixing
+        if alpha is None:
+            return None
+        layout, state = self.state.gaussian.layout, self.state
+        full = self.perturbations.at(self.perturbations.levels[0]).full
+        if list(full) != list(range(len(layout.shapes))):
+            raise ValueError(
+                "Expected noise of full rank on all weights with "
+                "`importance_mixing`, of which members have a density under "
+                "other search distributions. Received: layers with other noise"
+            )
+        return importance_mixing.mix(
+            state.gaussian,
+            (state.base_seed, state.generation),
+            state.rules,
+            alpha,
+            self.settings.memory_budget,
         )
 
     def step(self, evaluator: Evaluator, move_mean: MoveMean) -> Report:
@@ -101,8 +131,12 @@ class Search:
         populations = {}
         for level in self.perturbations.levels:
             members = self.ask(level)
-            own = members.shard(self.shard(members))
+            shard = self.shard(members)
+            own = members.shard(shard)
             source = self.source(level, own, activations=True)
+            if self.mixed is not None:
+                wanted = shard.take(self.mixed.new)
+                source = dataclasses.replace(source, wanted=wanted)
             populations[level] = Judged(members, evaluator(level, source))
         return populations
 
@@ -127,8 +161,7 @@ class Search:
                 direction,
                 ties,
                 move_mean,
-                asked.best(self, populations, pooled),
-                asked.weighing(self, populations, pooled),
+                asked.about(self, populations, pooled),
             )
         # Not a constant: that would be folded, wrongly (see test_precision).
         usable = tf.concat([p.usable for p in pooled.values()], 0)
@@ -136,7 +169,7 @@ class Search:
 
     def _pooled(self, level: str, population: Judged) -> credit.Pooled:
         shape = self.settings.shape
-        if level != MEMBER:  # what is stepped down is judged by `_examples`
+        if level != MEMBER:  # what is stepped down is judged by `of_examples`
             shape = functools.partial(
                 example_credit.on_one_scale,
                 signs=len(population.members.signs),
@@ -144,7 +177,13 @@ class Search:
             )
         shard = self.shard(population.members)
         return credit.narrowed(
-            credit.pool(population.outcomes, shape, shard, self.communicator),
+            credit.pool(
+                population.outcomes,
+                shape,
+                shard,
+                self.communicator,
+                self.mixed.losses if self.mixed and level == MEMBER else None,
+            ),
             self.state.gaussian.layout.dtype,
         )
 
@@ -174,6 +213,7 @@ class Search:
             kinds.noise_size,
             dtype,
             kinds.activations if activations else (),
+            express=self.mixed.express if self.mixed else None,
         )
 
     def _direction(
@@ -205,7 +245,9 @@ class Search:
                     for name, values in utilities.items()
                 }
             else:
-                utilities = self._examples(level, population, own)
+                utilities = of_examples.utilities_of(
+                    self, level, population, own
+                )
             shard = members.shard(self.shard(members))
             evaluated = population.outcomes.evaluated
             own.sums.update(self._sums(level, shard, utilities, evaluated))
@@ -220,47 +262,6 @@ class Search:
                 sums[kind] = {**sums[kind], **values}
             ties = equal.get(EXAMPLE)
         return self.perturbations.direction(sums, counts), ties
-
-    def _examples(
-        self, level: str, population: Judged, own: OfReplica
-    ) -> dict[str, tf.Tensor]:
-        """Utilities of this replica's examples, and of their positions.
-
-        By the names that `Rows` has for them, [directions, signs, batch, ...].
-        Notes in `own` how many examples there are, and the sums over them
-        alone. Each counts the same, by how many members it was seen.
-        """
-        members, outcomes = population.members, population.outcomes
-        shard, signs = self.shard(members), len(members.signs)
-        utilities = example_credit.utilities(
-            outcomes,
-            self.settings.position_discount,
-            example_credit.Scale(
-                signs,
-                self.settings.loss_scaled,
-                shard.counts,
-                self.communicator,
-                self.state.gaussian.layout.dtype,
-            ),
-        )
-        dtype = self.state.gaussian.layout.dtype
-        own.ties[level] = activation_scale.first_ties(
-            outcomes, self.state.rules, dtype
-        )
-        counts = tf.cast(shard.counts, dtype)
-        seen = tf.shape(utilities["utilities"])[1]
-        own.counts[level] = counts * tf.cast(seen, dtype)
-        own.totals.update(
-            tf.nest.map_structure(
-                lambda total: counts * total,
-                self.perturbations.at(level).totals(),
-            )
-        )
-        share = counts / (shard.size * signs)
-        return {
-            name: share * tf.stack(tf.split(values, signs), axis=1)
-            for name, values in utilities.items()
-        }
 
     def _sums(
         self,
@@ -312,8 +313,7 @@ class Search:
         direction: Direction,
         ties: tf.Tensor | None,
         move_mean: MoveMean,
-        best: Best | None,
-        weighing: Weighing | None,
+        about_members: Mapping[str, Any],
     ) -> tuple[Proposal, State]:
         """The next distribution, and the next state of the rules."""
         state, rules = self.state, self.settings.rules
@@ -324,9 +324,8 @@ class Search:
             state.updates,
             self.activations,
             ties,
-            best=best,
-            weighing=weighing,
             learning_rate=state.learning_rate,
+            **about_members,
         )
         step = activation_scale.steadied(step, state.rules)
         step = adaptation_sampling.with_rate(step, state.rules)

@@ -22,6 +22,7 @@ from keras_vo.search.layout import WeightLayout
 
 __all__ = [
     "Gaussian",
+    "around",
     "kl_divergence",
     "log_variance_of",
     "step_kl",
@@ -113,6 +114,14 @@ class Gaussian:
             by_weight = by_weight / self.sensitivity
         return layout.unflatten(by_weight)
 
+    @functools.cached_property
+    def log_variances(self) -> tf.Tensor:
+        """log(sigma^2 / s^2), broadcasts against [d]."""
+        beta = self.layout.expand(self.log_variance)
+        if self.sensitivity is None:
+            return beta
+        return beta - 2.0 * tf.math.log(self.sensitivity)
+
     def scaled(self, change: tf.Tensor) -> tf.Tensor:
         """s times a change of the mean [d], whose sigma is then its group's."""
         if self.sensitivity is None:
@@ -122,8 +131,9 @@ class Gaussian:
     def log_ratios(
         self, noise: tf.Tensor, signs: Sequence[float], other: Gaussian
     ) -> tf.Tensor:
-        """log p'(x_n) - log p(x_n) of x = mu + sigma z / s, [signs, n]: the sum
-        over all weights, with r = sigma / sigma' and e = s (mu' - mu) / sigma',
+        """log p'(x_n) - log p(x_n) of x = mu + sigma z, [signs, n]: the sum
+        over all weights (of which sigma / s stands for sigma), with
+        r = sigma / sigma' and e = (mu' - mu) / sigma',
 
             sum_i log r + (z^2 - (r z - e)^2) / 2
               = sum_i log r - e^2 / 2 + (1 - r^2) z^2 / 2 + r e z.
@@ -131,17 +141,32 @@ class Gaussian:
         Args:
             noise: z [n, d]; with the sign -1, -z.
             signs: those.
-            other: p', of the same layout and sensitivities.
+            other: p', of the same layout.
         """
-        layout = self.layout
-        change = layout.expand(self.log_variance - other.log_variance)
-        change = tf.broadcast_to(change, [layout.size])
-        stddev = layout.expand(other.stddev)
-        e = self.scaled(other.mean - self.mean) / stddev
+        change = self.log_variances - other.log_variances
+        change = tf.broadcast_to(change, [self.layout.size])
+        e = (other.mean - self.mean) / stddev_of(other.log_variances)
         constant = tf.reduce_sum(change - tf.square(e))
         even = -tf.linalg.matvec(tf.square(noise), tf.math.expm1(change))
         odd = 2.0 * tf.linalg.matvec(noise, tf.exp(0.5 * change) * e)
         return 0.5 * tf.stack([constant + even + s * odd for s in signs])
+
+    def express(
+        self, noise: tf.Tensor, means: tf.Tensor, log_variances: tf.Tensor
+    ) -> tf.Tensor:
+        """The noise z' [n, d] of members of other distributions, as they are
+        members of this one: mu + sigma z' = mu_n + sigma_n z_n,
+
+            z' = (sigma_n / sigma) z_n + (mu_n - mu) / sigma.
+
+        Args:
+            noise: z_n [n, d].
+            means: mu_n [n, d].
+            log_variances: of each, as `log_variances`: broadcasts against it.
+        """
+        ratio = stddev_of(log_variances - self.log_variances)
+        moved = (means - self.mean) / stddev_of(self.log_variances)
+        return ratio * noise + moved
 
     def select(self, indices: Sequence[int]) -> Gaussian:
         """That of some of the weight tensors, in the given order."""
@@ -171,6 +196,20 @@ class Gaussian:
             self.layout.expand(self.log_variance),
             self.layout.expand(log_variance),
         )
+
+
+def around(
+    layout: WeightLayout,
+    mean: tf.Tensor,
+    log_variance: tf.Tensor,
+    sensitivity: tf.Tensor | None,
+) -> Gaussian:
+    """A Gaussian of its mean [d], whatever the dtypes of the variables."""
+    means = [
+        tf.reshape(part, shape)
+        for part, shape in zip(layout.split(mean), layout.shapes, strict=True)
+    ]
+    return Gaussian(layout, means, log_variance, sensitivity)
 
 
 def kl_divergence(

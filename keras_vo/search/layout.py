@@ -181,17 +181,22 @@ class WeightLayout:
         )
 
     def expand(self, values: tf.Tensor) -> tf.Tensor:
-        """One value a group, [groups], as one value a weight.
+        """One value a group, [..., groups], as one value a weight.
 
-        Returns a tensor that broadcasts against [d]: [d], or [1] where all
-        weights share one value.
+        Returns a tensor that broadcasts against [..., d]: that, or [..., 1]
+        where all weights share one value.
         """
         if not self.groups or self.num_groups == 1:
             return values
-        by_group = tf.unstack(values, self.num_groups)
+        by_group = tf.split(values, self.num_groups, axis=-1)
+        rest = tf.shape(values)[:-1]
         runs = zip(self.groups, self.sizes, strict=True)
         return tf.concat(
-            [tf.fill([size], by_group[group]) for group, size in runs], axis=0
+            [
+                tf.broadcast_to(by_group[group], tf.concat([rest, [size]], 0))
+                for group, size in runs
+            ],
+            axis=-1,
         )
 
     def group_sums(self, vectors: tf.Tensor) -> tf.Tensor:

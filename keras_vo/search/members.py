@@ -90,6 +90,9 @@ class Members:
         signs: (1, -1) with antithetic sampling, else (1,). Member n + D is
             that of direction n with the second sign.
         total: number of directions of the population they are of.
+        origin: the place, in `importance_mixing.Ring`, of the search
+            distribution that each direction was drawn from, [D] int64; -1: it
+            is that of now. `None`: so are all.
     """
 
     base_seed: tf.Tensor
@@ -97,6 +100,7 @@ class Members:
     index: tf.Tensor
     signs: tuple[float, ...]
     total: int
+    origin: tf.Tensor | None = None
 
     @classmethod
     def of_generation(
@@ -132,15 +136,18 @@ class Members:
 
     def direction(self, index: tf.Tensor) -> Members:
         """That of one row of the table."""
-        return dataclasses.replace(
-            self,
-            generation=self.generation[index][None],
-            index=self.index[index][None],
-        )
+        return self.rows(index[None])
 
     def shard(self, shard: Shard) -> Members:
         """Those of one replica."""
-        rows = slice(shard.start, shard.start + shard.size)
+        return self.rows(tf.range(shard.start, shard.start + shard.size))
+
+    def rows(self, rows: tf.Tensor) -> Members:
+        """Those of some rows of the table."""
+        origin = self.origin
         return dataclasses.replace(
-            self, generation=self.generation[rows], index=self.index[rows]
+            self,
+            generation=tf.gather(self.generation, rows),
+            index=tf.gather(self.index, rows),
+            origin=None if origin is None else tf.gather(origin, rows),
         )

@@ -13,7 +13,13 @@ from collections.abc import Sequence
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-__all__ = ["GENERATOR", "draw_noise", "generation_seed", "single_seed"]
+__all__ = [
+    "GENERATOR",
+    "draw_noise",
+    "draw_uniform",
+    "generation_seed",
+    "single_seed",
+]
 
 GENERATOR = "tfp-normal-1"
 
@@ -87,6 +93,24 @@ def draw_noise(
             None if tf.is_tensor(shape) else shape, dtype
         ),
     )
+
+
+def draw_uniform(
+    base_seed: tf.Tensor, generation: tf.Tensor, index: tf.Tensor, stream: int
+) -> tf.Tensor:
+    """Draws u ~ U(0, 1), a number for each direction, [n] float64.
+
+    Args:
+        base_seed: scalar int64, the base seed of the search.
+        generation: a scalar, that of all of them.
+        index: of each direction in it, [n] int64.
+        stream: one that no noise of the generation has.
+    """
+    generations = tf.fill(tf.shape(index), tf.cast(generation, tf.int64))
+    number = tf.constant(stream, tf.int64)
+    normal = draw_noise(base_seed, generations, index, (), tf.float64, number)
+    one = tf.ones([], tf.float64)
+    return tfp.distributions.Normal(0 * one, one).cdf(normal)
 
 
 def _as_tfp(seed: tf.Tensor) -> tf.Tensor:

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian, log_variance_of
+from keras_vo.search.members import Members
 
 if TYPE_CHECKING:
     from keras_vo.search.activation_scale import ActivationScale
@@ -71,6 +72,8 @@ class Step(NamedTuple):
             of them are known [N], and the log of their density over that of the
             search distribution [k, N]; `None`: no rule asks.
         learning_rate: of the mean, a scalar.
+        members: those with noise on their weights; `None`: there are none.
+        compared: their losses [N], see `credit.Pooled`.
     """
 
     gaussian: Gaussian
@@ -82,6 +85,8 @@ class Step(NamedTuple):
     best: Best | None = None
     weighing: Weighing | None = None
     learning_rate: tf.Tensor | None = None
+    members: Members | None = None
+    compared: tf.Tensor | None = None
 
 
 class Proposal(NamedTuple):

@@ -37,11 +37,15 @@ class PerturbationsOfLevel(Protocol):
         noise_size: normals of a direction that perturb weights.
         activations: tensors of the shapes of a direction's further noise.
         variables: indices of those that are perturbed.
+        full: of those with noise of full rank.
     """
 
     noise_size: int
     activations: tuple[tf.Tensor, ...]
     variables: Sequence[int]
+
+    @property
+    def full(self) -> Sequence[int]: ...
 
     def activation_bytes(self, signs: int) -> Any: ...
 
@@ -93,6 +97,8 @@ class Settings:
         rules: what the proposal goes through, in this order.
         chunk_size: members evaluated at once; `None`: chosen.
         memory_budget: bytes, see `ChunkPlan`.
+        importance_mixing: see `keras_vo.search.importance_mixing`; `None`: all
+            members are new.
     """
 
     population_size: int
@@ -105,6 +111,7 @@ class Settings:
     rules: Sequence[Rule]
     chunk_size: int | None
     memory_budget: int
+    importance_mixing: float | None = None
 
 
 class SearchState(NamedTuple):

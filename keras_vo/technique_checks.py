@@ -1,0 +1,66 @@
+"""Arguments of single techniques: checked, or refused with a clear error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras_vo.checks import as_float
+from keras_vo.search.credit import EXAMPLE, POSITION
+
+__all__ = ["check_full", "checked_alpha", "checked_credit"]
+
+
+def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
+    """The finest level of credit, and the discount of later positions."""
+    if not isinstance(credit, str) or credit not in (EXAMPLE, POSITION):
+        raise ValueError(
+            f"`credit` must be one of {[EXAMPLE, POSITION]}. "
+            f"Received: credit={credit!r}"
+        )
+    number = as_float(discount)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            "`position_discount` must be a number in [0, 1]. "
+            f"Received: position_discount={discount!r}"
+        )
+    if number and credit != POSITION:
+        raise ValueError(
+            "`position_discount` is that of credit by position. Expected: "
+            f'credit="position", or 0. Received: {discount!r} with '
+            f"credit={credit!r}"
+        )
+    return credit, number
+
+
+def check_full(argument: str, perturbation: str) -> None:
+    """Raises for noise under which members' weights have no density."""
+    if perturbation != "full":
+        raise ValueError(
+            f"{argument} needs the density of members' weights under other "
+            "search distributions, which noise of low rank and noise on "
+            'activations have not. Expected: perturbation="full". '
+            f"Received: perturbation={perturbation!r}"
+        )
+
+
+def checked_alpha(
+    alpha: Any, perturbation: str, antithetic: bool
+) -> float | None:
+    """`importance_mixing`, in [0, 1]; `None`: no former members are used."""
+    if alpha is None:
+        return None
+    number = as_float(alpha)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            "`importance_mixing` must be a number in [0, 1], the least share "
+            "of members that is drawn anew, or None. Received: "
+            f"importance_mixing={alpha!r}"
+        )
+    check_full(f"importance_mixing={alpha}", perturbation)
+    if antithetic:
+        raise ValueError(
+            "importance_mixing keeps single members, which mirror no other "
+            "once the mean has moved. Expected: antithetic=False. Received: "
+            f"importance_mixing={alpha} with antithetic=True"
+        )
+    return number
