@@ -138,7 +138,7 @@ class AskTell(SearchSteps):
         with strategies.entered(self._strategy):
             self._check_population(population)
             if strategies.worker_count(self._strategy) == 1:
-                self._check_any(results)
+                self._check_any(results, population)
             else:  # which exchange numbers of one dtype
                 results = results.astype(np.float64)
             with interrupts.deferred():
@@ -149,8 +149,12 @@ class AskTell(SearchSteps):
         report = Report.of(population.generation, found, self._sigma())
         self._last_report = report
         if report.evaluations == 0:  # of all workers
-            self._check_any(report.losses)
+            self._check_any(report.losses, population)
         return report
+
+    def _is_alone(self, population: Population) -> bool:
+        """Whether there is no step without it, of former members."""
+        return self.population_size - len(population) < 2
 
     def _asked_again(self) -> Population | None:
         """The last population, if the variables hold one of its members, as
@@ -301,9 +305,9 @@ class AskTell(SearchSteps):
         here = self._population(population if known else None)
         check_seeds(population.seeds, here.seeds)
 
-    @staticmethod
-    def _check_any(results: np.ndarray) -> None:
-        if np.isnan(results).all():
+    def _check_any(self, results: np.ndarray, population: Population) -> None:
+        """Raises without any loss, and enough former members for a step."""
+        if self._is_alone(population) and np.isnan(results).all():
             raise ValueError(
                 "Expected the loss of one member at least. Received: none, "
                 "all are missing (None or NaN)"

@@ -164,7 +164,8 @@ class Minimize(AskTell):
             self._set_back(population)
             raise
         others = strategies.worker_count(self._strategy) - 1
-        if found.failures and not found.losses and not others:
+        alone = not others and self._is_alone(population)
+        if found.failures and not found.losses and alone:
             self._set_back(population)
             raise RuntimeError(
                 "All evaluations of the objective have failed (generation "

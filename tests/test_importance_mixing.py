@@ -1,5 +1,6 @@
 """Members of the last population that are used once more."""
 
+import concurrent.futures as futures
 import json
 import pickle
 
@@ -398,6 +399,42 @@ def test_steps_without_a_finite_loss_leave_the_population():
         if not np.array_equal(a, b):
             assert np.isnan(b).all()
     optimizer.minimize(objective, variables)
+
+
+def test_failures_are_missing_while_others_are_left():
+    """Of an executor: warnings, as long as there is a step to take."""
+    variables, optimizer = variables_of_a_search(), search()
+
+    def failing(weights):
+        raise ZeroDivisionError
+
+    with futures.ThreadPoolExecutor(2) as pool:
+        optimizer.minimize(objective, variables, executor=pool)
+        with pytest.warns(UserWarning, match="have no result"):
+            optimizer.minimize(failing, variables, executor=pool)
+        assert optimizer.report.updated and optimizer.report.evaluations == 0
+        with (
+            pytest.warns(UserWarning, match="have no result"),
+            pytest.raises(RuntimeError, match="All evaluations"),
+        ):
+            for _ in range(MEMBERS):
+                optimizer.minimize(failing, variables, executor=pool)
+        optimizer.minimize(objective, variables, executor=pool)
+    assert optimizer.report.evaluations == len(optimizer.report.losses) > 8
+
+
+def test_an_error_names_the_new_member():
+    variables, optimizer = variables_of_a_search(), search()
+    optimizer.minimize(objective, variables)
+
+    def failing(weights):
+        raise ZeroDivisionError("here")
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        optimizer.minimize(failing, variables)
+    size = len(optimizer.ask(variables))
+    text = "".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert f"(keras_vo: member 0 of {size}, generation 1)" in text
 
 
 def test_populations_travel(tmp_path):

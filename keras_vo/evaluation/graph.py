@@ -173,9 +173,12 @@ def _member_named(source: NoiseSource, row: int | None, sign: float) -> Any:
     if row is None:
         return contextlib.nullcontext()
     members = source.members
+    number, total = row, source.plan.directions
+    if members.origin is None:  # else it is that of those that are wanted
+        number = members.number(row, sign)
+        total = members.total * len(members.signs)
     return interrupts.named(
-        f"(keras_vo: member {members.number(row, sign)} of "
-        f"{members.total * len(members.signs)}, "
+        f"(keras_vo: member {number} of {total}, "
         f"generation {int(members.generation[row])})"
     )
 

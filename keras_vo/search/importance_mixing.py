@@ -51,8 +51,8 @@ __all__ = ["Mixed", "Mixing", "kept_share", "mix"]
 
 # Candidates for each place, at most; then one is taken as it is.
 _TRIES = 64
-# Of uniform numbers; noise on activations has streams from 0 on.
-_KEEPING, _TAKING = 2**31, 2**31 + 1
+# The first stream of uniform numbers; noise on activations has those from 0.
+_DECISIONS = 2**31
 _SIGNS = (1.0,)
 
 
@@ -158,9 +158,10 @@ class _Drawing:
         )
         return tf.cast(found, tf.float64)
 
-    def uniform(self, index: tf.Tensor, stream: int) -> tf.Tensor:
-        """A number for each, [n] float64."""
-        return draw_uniform(self.base_seed, self.generation, index, stream)
+    def uniform(self, size: int, number: tf.Tensor | int) -> tf.Tensor:
+        """Those of the `number`-th decisions on so many members, float64."""
+        stream = _DECISIONS + tf.cast(number, tf.int64)
+        return draw_uniform(self.base_seed, self.generation, size, stream)
 
     def new(self, index: tf.Tensor) -> Members:
         """Members of this generation."""
@@ -259,7 +260,7 @@ def _mixed(
     express = functools.partial(ring.express, last)
     ratios = drawing.log_ratios(former, last, gaussian, express)
     least = math.log1p(-alpha) if alpha < 1 else -math.inf
-    uniform = drawing.uniform(places, _KEEPING)
+    uniform = drawing.uniform(size, 0)
     kept = tested & (tf.math.log(uniform) < least + ratios)
     replaced = tested & ~kept
     rank = tf.cumsum(tf.cast(replaced, tf.int32)) - 1
@@ -306,7 +307,7 @@ def _taken(
         index = tf.cast(tries, tf.int64) * size + span
         ratios = drawing.log_ratios(drawing.new(index), gaussian, last, None)
         share = tf.maximum(-tf.math.expm1(ratios), alpha)
-        taken = drawing.uniform(index, _TAKING) < share
+        taken = drawing.uniform(size, tries) < share
         number = count + tf.cumsum(tf.cast(taken, tf.int32)) - 1
         # What is too many goes to the end, which no one looks at.
         place = tf.where(taken & (number < size), number, size)

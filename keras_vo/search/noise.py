@@ -96,21 +96,19 @@ def draw_noise(
 
 
 def draw_uniform(
-    base_seed: tf.Tensor, generation: tf.Tensor, index: tf.Tensor, stream: int
+    base_seed: tf.Tensor, generation: tf.Tensor, count: int, stream: tf.Tensor
 ) -> tf.Tensor:
-    """Draws u ~ U(0, 1), a number for each direction, [n] float64.
+    """Draws u ~ U(0, 1) for what is decided in a generation, [count] float64.
 
     Args:
         base_seed: scalar int64, the base seed of the search.
-        generation: a scalar, that of all of them.
-        index: of each direction in it, [n] int64.
-        stream: one that no noise of the generation has.
+        generation: scalar integer.
+        count: how many.
+        stream: scalar int64, one that no noise of the generation has.
     """
-    generations = tf.fill(tf.shape(index), tf.cast(generation, tf.int64))
-    number = tf.constant(stream, tf.int64)
-    normal = draw_noise(base_seed, generations, index, (), tf.float64, number)
-    one = tf.ones([], tf.float64)
-    return tfp.distributions.Normal(0 * one, one).cdf(normal)
+    seed = generation_seed(base_seed, generation)
+    seed = tf.random.fold_in(seed, _STREAMS - stream)
+    return tf.random.stateless_uniform([count], seed, dtype=tf.float64)
 
 
 def _as_tfp(seed: tf.Tensor) -> tf.Tensor:
