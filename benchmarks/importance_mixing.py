@@ -86,15 +86,11 @@ class BySignal(MaxKL):
 
     def propose(self, step, proposal, state):
         signal = tf.clip_by_value(self._signal(step, state), 1e-2, 1.0)
-        bound = MaxKL(self.max_kl * tf.cast(signal, tf.float32), self.project)
+        bound = MaxKL(self.max_kl * signal, self.project)
         return bound.propose(step, proposal, state)
 
     def settle(self, step, proposal, state):
-        return {"signal": tf.where(
-            tf.math.is_finite(self._signal(step, state)),
-            self._signal(step, state),
-            state["signal"],
-        )}
+        return {"signal": self._signal(step, state)}
 
 
 class Scaled(keras_vo.VOOptimizer):
@@ -123,7 +119,7 @@ def optimizer_of(arm, max_kl, seed, **arguments):
     )
 
 
-def function(objective, start, size, target, most):
+def function(objective, start, size, target, most, every):
     def problem(arm, max_kl, seed):
         weights = tf.Variable(start)
         d = len(start)
@@ -145,7 +141,7 @@ def function(objective, start, size, target, most):
 
         @tf.function
         def steps():
-            for _ in tf.range(10):
+            for _ in tf.range(every):
                 optimizer.minimize(lambda w: objective(w[0]), [weights])
 
         return Problem(
@@ -263,7 +259,7 @@ def pendulum(arm, max_kl, seed):
 
 PROBLEMS = {
     "himmelblau": lambda: function(
-        himmelblau, np.zeros(2), 20, 0.01, 20_000
+        himmelblau, np.zeros(2), 20, 0.01, 20_000, 1
     ),
     "quadratic": lambda: function(
         quadratic,
@@ -271,6 +267,7 @@ PROBLEMS = {
         50,
         1e-3 * float(quadratic(np.full(100, 3.0))),
         100_000,
+        5,
     ),
     "digits": lambda: digits(None),
     "batches": lambda: digits(128),
@@ -298,11 +295,7 @@ def run(problem, most_seconds=900):
                 break
     history = monitor.history
     names = ("acceptance", "predicted_acceptance", "effective_size", "kl")
-    means = {
-        name: float(np.nanmean(values)) if np.any(~np.isnan(values)) else None
-        for name in names
-        for values in [np.asarray(history[name], float)]
-    }
+    means = {n: float(np.nanmean(history[n])) for n in names if n in history}
     return {"evaluations": found, "steps": len(history["kl"]), **means}
 
 
@@ -339,13 +332,18 @@ def main(_):
                         "effective_size",
                     ):
                         last[what] = np.median([f[what] for f in found])
-            texts = [
-                f"{last[what]:.2f}"
-                for what in ("acceptance", "predicted_acceptance")
-            ] + [f"{last['effective_size']:.0f}"] if last.get(
-                "acceptance"
-            ) is not None else ["", "", ""]
-            print(f"| {max_kl} | " + " | ".join(cells + texts) + " |", flush=True)
+            texts = (
+                [
+                    f"{last[what]:.2f}"
+                    for what in ("acceptance", "predicted_acceptance")
+                ]
+                + [f"{last['effective_size']:.0f}"]
+                if last.get("acceptance") is not None
+                else ["", "", ""]
+            )
+            print(
+                f"| {max_kl} | " + " | ".join(cells + texts) + " |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class _Panel:
     other: tuple[str, str] | None = None
 
 
-_PANELS = (
+_PANELS: tuple[_Panel, ...] = (
     _Panel("gradient_norm", "Search gradient", "norm", log=True),
     _Panel(
         "gradient_snr",
@@ -78,6 +78,17 @@ _PANELS = (
     ),
     _Panel("evaluations_per_second", "Speed", "evaluations / s", log=True),
 )
+_PANELS_OF_MIXING = (
+    _Panel(
+        "acceptance",
+        "Share of members that is kept",
+        limits=(-0.02, 1.02),
+        other=("predicted_acceptance", "predicted"),
+    ),
+    _Panel(
+        "effective_size", "Effective size of the last population", "members"
+    ),
+)
 
 
 def draw(history: History, path: str) -> None:
@@ -91,12 +102,16 @@ def draw(history: History, path: str) -> None:
     from matplotlib.figure import Figure
 
     columns = {name: np.asarray(v, float) for name, v in history.items()}
-    figure = Figure(figsize=(22, 9), layout="constrained")
+    panels = _PANELS
+    if "acceptance" in columns:
+        panels += _PANELS_OF_MIXING
+    wide = (1 + len(panels)) // 2
+    figure = Figure(figsize=(4.4 * wide, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 5, sharex=True)
+    axes = figure.subplots(2, wide, sharex=True)
     steps = columns["step"]
     _draw_sigma(axes[0, 0], steps, columns)
-    for axis, panel in zip(axes.flat[1:], _PANELS, strict=True):
+    for axis, panel in zip(axes.flat[1:], panels, strict=True):
         other = columns[panel.other[0]] if panel.other else None
         _draw_panel(axis, steps, columns[panel.column], panel, other)
     for axis in axes[-1]:
