@@ -175,6 +175,7 @@ def test_shards_and_gradients_across_processes(tmp_path):
     assert not (tmp_path / "search1.csv").exists()  # the first one writes
     assert first["history loss"][-1] < first["history loss"][0]
     np.testing.assert_allclose(first["told"], worker_program.told()[0], 1e-4)
+    np.testing.assert_allclose(first["mixed"], worker_program.mixed(), 1e-4)
     played, interactions = worker_program.play()
     assert first["interactions"] == interactions
     for index, value in enumerate(played):

@@ -113,6 +113,31 @@ def told(strategy=None):
     return result, evaluated
 
 
+def mixed(strategy=None):
+    """Another one, some of whose members are used once more.
+
+    Returns:
+        The weights after six steps.
+    """
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        variable = tf.Variable(tf.zeros([4, 3]))
+        optimizer = keras_vo.VOOptimizer(
+            population_size=12,
+            importance_mixing=0.0,
+            antithetic=False,
+            max_kl=0.1,
+            seed=5,
+        )
+    for _ in range(6):
+        population = optimizer.ask([variable])
+        losses = {i: square_distance(population[i]) for i in population.own}
+        report = optimizer.tell(population, losses)
+        assert report.evaluations == len(population)
+        assert report.mixing.reused == 12 - len(population)
+    assert report.mixing.reused > 3
+    return variable.numpy()
+
+
 def play(strategy=None):
     """A policy that each worker plays the episodes of its members with.
 
@@ -177,6 +202,7 @@ def main(options):
     if options["told"]:
         results["told"], evaluated = told(strategy)
         assert evaluated < 3 * 11
+        results["mixed"] = mixed(strategy)
         played, results["interactions"] = play(strategy)
         results |= {f"played{i}": w for i, w in enumerate(played)}
     np.savez(options["result"].format(worker), **results)
