@@ -44,6 +44,11 @@ ARMS = {
     "sum": ({"sensitivity": "sum"}, 0.949),
     "abs": ({"sensitivity": "abs"}, None),
     "inputs": ({"sensitivity": "inputs"}, None),
+    "mixed": ({"antithetic": False, "importance_mixing": 0.0}, None),
+    "mixed, bounded": (
+        {"antithetic": False, "importance_mixing": 0.0, "max_kl": 10.0},
+        None,
+    ),
 }
 
 
@@ -116,7 +121,7 @@ def make_network(batch_norm=True):
     )
 
 
-def make_optimizer(antithetic, momentum, sensitivity):
+def make_optimizer(antithetic, momentum, sensitivity, **more):
     rate = FLAGS.learning_rate
     if FLAGS.cosine:
         schedules = keras.optimizers.schedules
@@ -133,15 +138,17 @@ def make_optimizer(antithetic, momentum, sensitivity):
         fitness_shaping=FLAGS.fitness_shaping,
         sensitivity=sensitivity,
         seed=FLAGS.seed,
+        **more,
     )
 
 
 class Log(keras.callbacks.Callback):
     """A line for each evaluation; the time for testing does not count."""
 
-    def __init__(self, arm, x_test, y_test):
+    def __init__(self, arm, x_test, y_test, monitor):
         super().__init__()
         self.arm = arm
+        self.monitor = monitor
         self.test = x_test, y_test
         self.points = []
         self.seconds = 0.0
@@ -155,6 +162,8 @@ class Log(keras.callbacks.Callback):
         point = {
             "arm": self.arm,
             "generation": (epoch + 1) * FLAGS.every,
+            "evaluations": self.monitor.history["evaluations"][-1],
+            "kl": round(self.monitor.history["kl"][-1], 2),
             "accuracy": float(np.mean(logits.argmax(-1) == self.test[1])),
             "population_loss": round(float(logs["population_loss"]), 4),
             "seconds": round(self.seconds, 1),
@@ -182,12 +191,13 @@ def run(arm, data):
     x_train, y_train, x_test, y_test = data
     batches = tf.data.Dataset.from_tensor_slices((x_train, y_train))
     batches = batches.shuffle(len(x_train), seed=FLAGS.seed).repeat()
-    log = Log(arm, x_test, y_test)
+    monitor = keras_vo.callbacks.SearchMonitor()
+    log = Log(arm, x_test, y_test, monitor)
     model.fit(
         batches.batch(FLAGS.batch_size).prefetch(2),
         epochs=FLAGS.generations // FLAGS.every,
         steps_per_epoch=FLAGS.every,
-        callbacks=[log],
+        callbacks=[monitor, log],
         shuffle=False,  # the batches are
         verbose=0,
     )

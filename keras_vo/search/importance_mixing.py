@@ -19,9 +19,13 @@ is needed any longer than that, each place gets a new member once in as many
 steps, in turn, which is without regard to the member that was there. What has
 had no loss is replaced, too.
 
-Two things are not as if all were drawn anew. p' depends on the losses of the
-members of p, so that those which are kept are a little better than others of
-p' are. And where the loss is that of a batch, they have that of a former one.
+Where it pays: with few weights, up to some as many as members, and expensive
+losses. p' depends on the members of p, which its step is made of. Of d weights
+and N members, log p'(x) / p(x) of these is some sqrt(d / N) times what it is of
+others: with more weights than members the best ones stay whatever the step is,
+`effective_size` is a few, and they repeat what they have said. And where the
+loss is that of a batch, it is that of a former one. See
+docs/decisions/0045-importance-mixing.md.
 
 References:
     [1] Sun, Wierstra, Schaul, Schmidhuber, "Efficient Natural Evolution
