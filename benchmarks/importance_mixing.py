@@ -11,6 +11,8 @@ gradient, smoothed over steps, at most 1 ("signal-aware trust region").
 
 Problems:
     himmelblau  from (0, 0), sigma 1; until f(mu) < 0.01
+    sphere      10 weights, from (3, ..., 3), sigma 1; until f(mu) < 1e-8;
+                sphere40: 40 weights
     quadratic   100 weights, condition 100, from (3, ..., 3), sigma 1; until
                 f(mu) is a thousandth
     digits      64-32-10 on scikit-learn's digits, whole training set; until
@@ -163,6 +165,12 @@ def quadratic(w):
     return tf.reduce_sum(tf.constant(10 ** np.linspace(0, 2, 100)) * w**2)
 
 
+def sphere(d):
+    size = 4 + int(3 * math.log(d))
+    start = np.full(d, 3.0)
+    return function(lambda w: tf.reduce_sum(w**2), start, size, 1e-8, 30_000, 2)
+
+
 def network(sizes, x, y, batch_size, right, population_size, most):
     """Until so many of the first validation images are right."""
 
@@ -261,6 +269,8 @@ PROBLEMS = {
     "himmelblau": lambda: function(
         himmelblau, np.zeros(2), 20, 0.01, 20_000, 1
     ),
+    "sphere": lambda: sphere(10),
+    "sphere40": lambda: sphere(40),
     "quadratic": lambda: function(
         quadratic,
         np.full(100, 3.0),

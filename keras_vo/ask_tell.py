@@ -239,10 +239,10 @@ class AskTell(SearchSteps):
             variables, *_center(population), recording, probed=True
         )
         members, mixed = search.ask(), search.mixed
-        if mixed is not None:
-            told = results
-            results = np.full(len(members), np.nan, told.dtype)
-            results[np.flatnonzero(mixed.new)] = told
+        if mixed is not None:  # 0 stands for what is known already
+            told, new = results, mixed.new.numpy()
+            results = np.zeros(len(members), told.dtype)
+            results[new] = told
         shard = search.shard(members)
         by_sign = results.reshape(len(members.signs), -1)
         own = by_sign[:, shard.start : shard.start + shard.size].reshape(-1)

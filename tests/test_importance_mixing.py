@@ -143,16 +143,16 @@ MOVES = [  # mean of three weights, stddev
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2])
-@pytest.mark.parametrize("steps", [2, 20])
+@pytest.mark.parametrize("steps", [2, 18])
 def test_it_is_distributed_as_new_members_are(alpha, steps):
     """After moves and after more steps than a member lives.
 
-    Kolmogorov-Smirnov of 6,000 members' three weights and of their squared
+    Kolmogorov-Smirnov of 4,000 members' three weights and of their squared
     distance. Four tests at 1e-3: .4 % of seeds would fail. It finds a
-    difference of two distribution functions of .025.
+    difference of two distribution functions of .031.
     """
     stats = pytest.importorskip("scipy.stats")
-    size = 6000
+    size = 4000
     chain = Chain(size, 3, alpha)
     reused = 0
     for t in range(steps):
@@ -165,13 +165,13 @@ def test_it_is_distributed_as_new_members_are(alpha, steps):
     squares = np.sum(z**2, axis=1)
     assert stats.kstest(squares, stats.chi2(3).cdf).pvalue > 1e-3
     covariance = np.cov(z.T)  # standard errors: sqrt(2 / N), 1 / sqrt(N)
-    np.testing.assert_allclose(covariance, np.eye(3), atol=4.5 * 0.0183)
+    np.testing.assert_allclose(covariance, np.eye(3), atol=4.5 * 0.0224)
 
 
 def test_without_either_rule_the_test_above_fails():
     """What is kept alone is not distributed so, nor what is new."""
     stats = pytest.importorskip("scipy.stats")
-    chain = Chain(6000, 3, 0.0)
+    chain = Chain(2000, 3, 0.0)
     chain.step(*MOVES[0])
     mixed, z = chain.step((1.0, 0.0, 0.0), 1.0)
     new = mixed.new.numpy()
@@ -249,7 +249,7 @@ def test_acceptance_of_a_move_of_the_mean(d, move):
 
 def test_a_changed_sensitivity_is_another_distribution():
     stats = pytest.importorskip("scipy.stats")
-    chain = Chain(6000, 3, 0.0, scaled=True)
+    chain = Chain(4000, 3, 0.0, scaled=True)
     chain.step((0.0, 0.0, 0.0), 1.0, s=(1.0, 1.0, 1.0))
     mixed, z = chain.step((0.1, 0.0, 0.0), 1.0, s=(1.3, 1.0, 0.8))
     assert 0.6 < float(mixed.mixing.acceptance) < 0.95
@@ -325,7 +325,7 @@ def trajectory(how, steps=20, dtype="float64", **arguments):
 
     def counted(weights):
         evaluated[-1] += 1
-        return objective(weights)
+        return objective(list(map(tf.convert_to_tensor, weights)))
 
     compiled = tf.function(lambda: optimizer.minimize(objective, variables))
     for _ in range(steps):
@@ -346,12 +346,21 @@ def trajectory(how, steps=20, dtype="float64", **arguments):
     return np.array(found), evaluated[:-1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_ask_and_tell_are_minimize(dtype):
+@pytest.mark.parametrize(
+    "shaping, dtype",
+    [
+        ("centered_rank", "float32"),
+        ("identity", "float64"),
+        ("standardize", "float64"),
+        ("nes", "float64"),
+    ],
+)
+def test_ask_and_tell_are_minimize(shaping, dtype):
     """In each step the same members are evaluated, and no others."""
-    told, asked = trajectory("told", dtype=dtype)
-    eager, called = trajectory("eager", dtype=dtype)
-    graph, _ = trajectory("graph", dtype=dtype)
+    settings = {"fitness_shaping": shaping, "dtype": dtype}
+    told, asked = trajectory("told", **settings)
+    eager, called = trajectory("eager", **settings)
+    graph, _ = trajectory("graph", **settings)
     assert asked == called
     assert asked[0] == MEMBERS and max(asked[1:]) < MEMBERS
     assert sum(asked[1:]) < 0.4 * MEMBERS * len(asked[1:])
@@ -586,9 +595,7 @@ def fitted(model):
 
 CASES = list(
     models.pairwise(
-        ("structure", "shaping"),
         structure=["fixed", "isotropic", "layerwise", "separable"],
-        shaping=["identity", "standardize", "centered_rank", "nes"],
         adapts=[True, False],
         natural=[True, False],
         max_kl=[None, 0.1],
@@ -605,7 +612,6 @@ def test_everything_with_everything(case, tmp_path):
     def make(**cuts):
         return network(
             search_distribution=case["structure"],
-            fitness_shaping=case["shaping"],
             adaptation_sampling=case["adapts"],
             natural_gradient=case["natural"],
             max_kl=case["max_kl"],

@@ -19,17 +19,17 @@ is needed any longer than that, each place gets a new member once in as many
 steps, in turn, which is without regard to the member that was there. What has
 had no loss is replaced, too.
 
-Where it pays: with few weights, up to some as many as members, and expensive
-losses. p' depends on the members of p, which its step is made of. Of d weights
-and N members, log p'(x) / p(x) of these is some sqrt(d / N) times what it is of
-others: with more weights than members the best ones stay whatever the step is,
-`effective_size` is a few, and they repeat what they have said. And where the
-loss is that of a batch, it is that of a former one. See
+Where it pays: with expensive losses of few weights, up to about as many as
+there are members. p' depends on the members of p, of which its step is made. Of
+d weights and N members, log p'(x) / p(x) of these is some sqrt(d / N) times
+what it is of others: with more weights than members the best ones stay whatever
+the step is, `effective_size` is a few, and they repeat what they have said. And
+where the loss is that of a batch, it is that of a former one. See
 docs/decisions/0045-importance-mixing.md.
 
 References:
     [1] Sun, Wierstra, Schaul, Schmidhuber, "Efficient Natural Evolution
-        Strategies", GECCO 2009, section 3.4.
+        Strategies", GECCO 2009.
 """
 
 from __future__ import annotations
