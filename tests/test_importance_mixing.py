@@ -368,6 +368,26 @@ def test_ask_and_tell_are_minimize(shaping, dtype):
     np.testing.assert_allclose(graph, eager, rtol=1e-4, atol=1e-6)
 
 
+def test_a_graph_evaluates_no_others():
+    calls, variables = [], [tf.Variable(tf.zeros([4]))]
+
+    def counted(weights):
+        calls.append(None)
+        return np.float32(np.sum((weights - 1) ** 2))
+
+    def called(weights):
+        return tf.numpy_function(counted, weights, tf.float32)
+
+    optimizer = search()
+    monitor = keras_vo.callbacks.SearchMonitor(every="step")
+    with monitor.attached(optimizer):
+        step = tf.function(lambda: optimizer.minimize(called, variables))
+        for _ in range(5):
+            step()
+            monitor.record()
+    assert len(calls) == monitor.history["evaluations"][-1] < 3 * MEMBERS
+
+
 def test_the_first_step_is_that_without_it():
     mixed, _ = trajectory("graph", 1)
     plain, _ = trajectory("graph", 1, importance_mixing=None)

@@ -145,15 +145,16 @@ def _evaluate_some(
     """
     count = tf.math.count_nonzero(wanted, dtype=tf.int32)
     order = tf.argsort(tf.cast(~wanted, tf.int32), stable=True)
-    directions = tf.maximum(count, 1)
+    directions, chunk = tf.maximum(count, 1), source.plan.chunk
     if tf.executing_eagerly():
         directions = int(directions)
+    elif not jit_compile:  # which would compile it for each number of them
+        chunks = -(-directions // chunk)
+        chunk = -(-directions // chunks)
     some = dataclasses.replace(
         source,
         members=source.members.rows(order),
-        plan=dataclasses.replace(
-            source.plan, directions=directions, keep_noise=False
-        ),
+        plan=ChunkPlan(directions, chunk, keep_noise=False),
         wanted=None,
     )
     found = evaluate(member, some, isolation, jit_compile)
