@@ -255,7 +255,7 @@ def draw(sizes, cosines):
     left.plot(kls, others, "k--", label="others, any d")
     left.set_title(f"Effective size of {MEMBERS} members that made the step")
     left.set_ylabel("effective sample size")
-    place = int(FLAGS.places[-1])
+    place = int(FLAGS.places[0])
     for arm, column in zip(ARMS, (0, 1, 2, 3, 7, 8, 9), strict=True):
         style = "k-" if arm == "new" else "o-" if arm[1] == "w" else "s--"
         right.plot(

@@ -72,7 +72,8 @@ class AskTell(SearchSteps):
                 `None`: it is not checked.
 
         Returns:
-            The population, of `population_size` members.
+            The population, of `population_size` members; with
+            `importance_mixing`, those of them that are new.
 
         Raises:
             TypeError: `variables` is no list of variables.
@@ -108,7 +109,8 @@ class AskTell(SearchSteps):
         Args:
             population: from `ask`, of this generation of this search; it may
                 have been pickled, and the search restored from a file.
-            losses: N numbers, that of member i at place i; a dict from i to
+            losses: of the N members of the population, that of member i at
+                place i; a dict from i to
                 its loss; or pairs (i, loss) in any order. `None`, NaN, and what
                 is not there is missing. On several workers
                 (MultiWorkerMirroredStrategy), which all call it, each tells
@@ -122,7 +124,8 @@ class AskTell(SearchSteps):
             TypeError: no population, or a loss that is no number.
             ValueError: a population of another search, or of another
                 generation (it was told already); losses that do not fit it, or
-                none at all; variables that were changed since.
+                none at all (unless one member alone is new, see
+                `importance_mixing`); variables that were changed since.
             RuntimeError: it is called in a `tf.function`, or in a replica.
         """
         self._check_outside("tell")
@@ -152,9 +155,20 @@ class AskTell(SearchSteps):
             self._check_any(report.losses, population)
         return report
 
-    def _is_alone(self, population: Population) -> bool:
-        """Whether there is no step without it, of former members."""
-        return self.population_size - len(population) < 2
+    def forget_members(self) -> None:
+        """Makes all members of the next population new.
+
+        With `importance_mixing`, for another objective, or other data: former
+        members would keep the losses that they had.
+        """
+        self._check_built("forget_members")
+        if self.importance_mixing is not None:
+            with strategies.entered(self._strategy):
+                losses = self._rule_state["mixing_losses"]
+                losses.assign(
+                    tf.fill(losses.shape, tf.constant(np.nan, tf.float64))
+                )
+        self._last_asked = None
 
     def _asked_again(self) -> Population | None:
         """The last population, if the variables hold one of its members, as
@@ -186,7 +200,7 @@ class AskTell(SearchSteps):
             s = self.measured_sensitivity(None)
             gaussian = self._gaussian(variables, s)
         else:
-            gaussian = self._gaussian_around(*_center(around))
+            gaussian = self._gaussian_around(*around.center)
         frame = Frame(
             tuple(Weight.of(v) for v in variables), self._layout, self.choice
         )
@@ -227,7 +241,14 @@ class AskTell(SearchSteps):
             if places is not None:
                 own = np.flatnonzero(np.isin(places, own)).tolist()
         return Population(
-            frame, means, log_variance, sensitivity, seeds, own, directions
+            frame,
+            means,
+            log_variance,
+            sensitivity,
+            seeds,
+            own,
+            self.population_size - size,
+            directions,
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -236,7 +257,7 @@ class AskTell(SearchSteps):
         variables = self._trained()
         recording = Recording(variables, self.choice)
         search, _ = self.search(
-            variables, *_center(population), recording, probed=True
+            variables, *population.center, recording, probed=True
         )
         members, mixed = search.ask(), search.mixed
         if mixed is not None:  # 0 stands for what is known already
@@ -305,9 +326,9 @@ class AskTell(SearchSteps):
         here = self._population(population if known else None)
         check_seeds(population.seeds, here.seeds)
 
-    def _check_any(self, results: np.ndarray, population: Population) -> None:
-        """Raises without any loss, and enough former members for a step."""
-        if self._is_alone(population) and np.isnan(results).all():
+    @staticmethod
+    def _check_any(results: np.ndarray, population: Population) -> None:
+        if population.needs_a_loss and np.isnan(results).all():
             raise ValueError(
                 "Expected the loss of one member at least. Received: none, "
                 "all are missing (None or NaN)"
@@ -322,17 +343,6 @@ class AskTell(SearchSteps):
                 "outside of any `tf.function` and replica (`minimize` works in "
                 f"both). Received: a call in a {where}"
             )
-
-
-def _center(
-    population: Population,
-) -> tuple[list[tf.Tensor], tf.Tensor | None]:
-    """mu and the sensitivities of a population, as tensors."""
-    s = population.sensitivity
-    return (
-        [tf.convert_to_tensor(mean) for mean in population.means],
-        None if s is None else tf.convert_to_tensor(s),
-    )
 
 
 def _now(variable: Any) -> np.ndarray:

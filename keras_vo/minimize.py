@@ -42,7 +42,7 @@ class Minimize(AskTell):
     ) -> tf.Tensor:
         """Takes one step on any objective; no Keras model is needed.
 
-        Called eagerly, it calls `objective` once a member with concrete
+        Called eagerly, it calls `objective` once a (new) member with concrete
         values, so that it may be any Python code. Called in a `tf.function`,
         it is compiled and vectorized over the population, which is fast.
         AutoGraph converts an `objective` that is a function, as it converts
@@ -94,7 +94,8 @@ class Minimize(AskTell):
             ValueError: no variables, others than before, one of them twice,
                 credit by position, or an objective that is not a scalar.
             RuntimeError: all evaluations of an executor have failed (from the
-                error of the first); or it is used in a `tf.function`.
+                error of the first; not if one member alone is new, see
+                `importance_mixing`); or it is used in a `tf.function`.
         """
         checks.checked_objective(objective, "minimize", self.credit)
         variables = checks.checked_variables(
@@ -164,8 +165,8 @@ class Minimize(AskTell):
             self._set_back(population)
             raise
         others = strategies.worker_count(self._strategy) - 1
-        alone = not others and self._is_alone(population)
-        if found.failures and not found.losses and alone:
+        none = not found.losses and population.needs_a_loss
+        if found.failures and none and not others:
             self._set_back(population)
             raise RuntimeError(
                 "All evaluations of the objective have failed (generation "

@@ -135,11 +135,11 @@ class VOOptimizer(Minimize):
             and an inner optimizer without a schedule.
         importance_mixing: the least share of members that is drawn anew, in
             [0, 1]; others may be members of the last population, with the
-            losses that they had (in `fit`, on a former batch), so chosen that
-            all are distributed as new ones are (`None`: all are new). See
+            losses that they had, so chosen that all are distributed as new
+            ones are (`None`: all are new). See
             `keras_vo.search.importance_mixing` for how many stay, where it
-            pays and what it keeps: 16 sets of weights. For noise of full rank,
-            and `antithetic=False`.
+            pays and what it keeps. Call `forget_members()` where the objective
+            or the data change. For noise of full rank, and `antithetic=False`.
         sensitivity_period: steps after which it is measured again, from the
             batch of that step.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn

@@ -56,10 +56,10 @@ class Population(Sequence[list[np.ndarray]]):
     satisfy the constraints of their variables. With antithetic sampling member
     n + N/2 mirrors member n.
 
-    With `importance_mixing` it has the new members only.
-
     Attributes:
         seeds: what it can be made of again, by `VOOptimizer.ask`.
+        reused: how many members of former populations, with the losses that
+            they had, the step has besides these: see `importance_mixing`.
         sensitivity: s [d] of the weights, see `VOOptimizer`; `None`: 1.
         own: indices of the members that this process is to evaluate: all, but
             for workers of a MultiWorkerMirroredStrategy, which have a part
@@ -74,6 +74,7 @@ class Population(Sequence[list[np.ndarray]]):
         sensitivity: np.ndarray | None,
         seeds: Seeds,
         own: Sequence[int],
+        reused: int = 0,
         directions: np.ndarray | None = None,
     ) -> None:
         self._frame = frame
@@ -82,6 +83,7 @@ class Population(Sequence[list[np.ndarray]]):
         self.sensitivity = sensitivity
         self.seeds = seeds
         self.own = own
+        self.reused = reused
         self._directions = directions
         self._kept: list[tf.Tensor] | None = None
 
@@ -91,12 +93,28 @@ class Population(Sequence[list[np.ndarray]]):
         return self.seeds.generation
 
     @property
+    def needs_a_loss(self) -> bool:
+        """Whether there is no step without one of these: not if a single
+        member is new, and there are others to compare with each other.
+        """
+        return len(self) > 1 or self.reused < 2
+
+    @property
     def means(self) -> list[np.ndarray]:
         """mu of the search distribution it is drawn from.
 
         In the variables' order; of variables of low precision in float32.
         """
         return [mean.copy() for mean in self._means]
+
+    @property
+    def center(self) -> tuple[list[tf.Tensor], tf.Tensor | None]:
+        """`means` and `sensitivity`, as tensors."""
+        means, s = self._means, self.sensitivity
+        return (
+            [tf.convert_to_tensor(mean) for mean in means],
+            None if s is None else tf.convert_to_tensor(s),
+        )
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -174,13 +192,12 @@ class Population(Sequence[list[np.ndarray]]):
         drawn = indices % directions
         if self._directions is not None:
             drawn = self._directions[drawn]
+        means, s = self.center
         return list(
             maker(self._frame)(
-                [tf.convert_to_tensor(mean) for mean in self._means],
+                means,
                 tf.convert_to_tensor(self._log_variance),
-                None
-                if self.sensitivity is None
-                else tf.convert_to_tensor(self.sensitivity),
+                s,
                 tf.constant(self.seeds.base_seed, tf.int64),
                 tf.constant(self.seeds.generation, tf.int64),
                 tf.constant(drawn, tf.int64),

@@ -57,7 +57,8 @@ class Report:
             `keras_vo.callbacks.SearchMonitor`. NaN if there are fewer than two
             directions.
         updated: whether mu and sigma have moved: not if less than two members
-            had a result, or none a finite one.
+            (those that are used once more included) had a result, or none a
+            finite one.
         mixing: what became of the last population, with `importance_mixing`
             (else `None`), as numbers.
     """

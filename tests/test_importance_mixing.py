@@ -347,17 +347,17 @@ def trajectory(how, steps=20, dtype="float64", **arguments):
 
 
 @pytest.mark.parametrize(
-    "shaping, dtype",
+    "settings",
     [
-        ("centered_rank", "float32"),
-        ("identity", "float64"),
-        ("standardize", "float64"),
-        ("nes", "float64"),
+        {"dtype": "float32"},
+        {"dtype": "bfloat16", "search_distribution": "separable"},
+        {"fitness_shaping": "identity", "search_distribution": "fixed"},
+        {"fitness_shaping": "standardize", "natural_gradient": False},
+        {"fitness_shaping": "nes", "search_distribution": "isotropic"},
     ],
 )
-def test_ask_and_tell_are_minimize(shaping, dtype):
+def test_ask_and_tell_are_minimize(settings):
     """In each step the same members are evaluated, and no others."""
-    settings = {"fitness_shaping": shaping, "dtype": dtype}
     told, asked = trajectory("told", **settings)
     eager, called = trajectory("eager", **settings)
     graph, _ = trajectory("graph", **settings)
@@ -438,18 +438,73 @@ def test_failures_are_missing_while_others_are_left():
         raise ZeroDivisionError
 
     with futures.ThreadPoolExecutor(2) as pool:
-        optimizer.minimize(objective, variables, executor=pool)
+        while len(optimizer.ask(variables)) > 1:
+            optimizer.minimize(objective, variables, executor=pool)
         with pytest.warns(UserWarning, match="have no result"):
             optimizer.minimize(failing, variables, executor=pool)
         assert optimizer.report.updated and optimizer.report.evaluations == 0
-        with (
-            pytest.warns(UserWarning, match="have no result"),
-            pytest.raises(RuntimeError, match="All evaluations"),
-        ):
-            for _ in range(MEMBERS):
-                optimizer.minimize(failing, variables, executor=pool)
+        population, before = optimizer.ask(variables), flat(variables)
+        assert len(population) > 1
+        with pytest.raises(RuntimeError, match="All evaluations"):
+            optimizer.minimize(failing, variables, executor=pool)
+        with pytest.raises(ValueError, match="Expected the loss of one"):
+            optimizer.tell(population, {})
+        np.testing.assert_array_equal(flat(variables), before)
         optimizer.minimize(objective, variables, executor=pool)
-    assert optimizer.report.evaluations == len(optimizer.report.losses) > 8
+    assert optimizer.report.evaluations == len(population)
+
+
+def test_members_are_forgotten():
+    """Of another objective no former losses count."""
+    variables, optimizer = variables_of_a_search(), search()
+    for _ in range(3):
+        optimizer.minimize(objective, variables)
+    assert optimizer.ask(variables).reused > 0
+    optimizer.forget_members()
+    population = optimizer.ask(variables)
+    assert len(population) == MEMBERS and population.reused == 0
+    losses = [1000 + objective(weights).numpy() for weights in population]
+    assert optimizer.tell(population, losses).mean_loss > 1000
+    assert optimizer.ask(variables).reused > 0
+
+
+def test_policies_whose_outputs_are_not_finite():
+    """They have the worst loss, also where no others are new."""
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Environment(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0.5, 1, (2,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            self.time = 0
+            return np.ones(2, "float32"), {}
+
+        def step(self, action):
+            self.time += 1
+            reward = float(action[0])
+            return np.ones(2, "float32"), reward, False, self.time == 3, {}
+
+    class Breaks(keras.layers.Layer):
+        def call(self, x):
+            return tf.where(x > 0.4, np.nan, x)
+
+    keras.utils.set_random_seed(0)
+    policy = keras.Sequential(
+        [
+            keras.Input((2,)),
+            keras.layers.Dense(1, kernel_initializer="zeros"),
+            Breaks(),
+        ]
+    )
+    rollouts = keras_vo.rl.Rollouts(Environment, policy)
+    optimizer = search(population_size=16, max_kl=0.05)
+    reports = [rollouts.step(optimizer) for _ in range(30)]
+    assert sum(r.nonfinite == r.evaluations for r in reports) > 0
+    assert rollouts.interactions == 3 * sum(
+        r.evaluations - r.nonfinite for r in reports
+    )
 
 
 def test_an_error_names_the_new_member():
@@ -586,7 +641,7 @@ def regression():
     return x, (x @ rng.normal(size=(4, 3))).astype("float32")
 
 
-def network(**arguments):
+def network(compiling=None, **arguments):
     keras.utils.set_random_seed(1)
     model = keras_vo.VOSequential(
         [
@@ -603,7 +658,9 @@ def network(**arguments):
         "seed": 4,
     }
     model.compile(
-        optimizer=keras_vo.VOOptimizer(**settings | arguments), loss="mse"
+        optimizer=keras_vo.VOOptimizer(**settings | arguments),
+        loss="mse",
+        **compiling or {},
     )
     return model
 
@@ -653,6 +710,15 @@ def test_everything_with_everything(case, tmp_path):
         else:
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
     assert np.isfinite(models.weights(model)).all()
+
+
+@pytest.mark.parametrize(
+    "compiling", [{"jit_compile": True}, {"run_eagerly": True}]
+)
+def test_however_it_is_executed(compiling):
+    pairs = zip(fitted(network()), fitted(network(compiling)), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("exchange", ["fitness", "gradient"])

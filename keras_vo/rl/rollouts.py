@@ -56,8 +56,9 @@ class Rollouts:
     By default all members of a generation play the same episodes (the same
     seeds of environments and of action noise: common random numbers), and
     those of the next generation others: what is compared are policies, not
-    luck. Seeds follow from `seed` and the generation, so that a search that is
-    resumed sees what it would have seen.
+    luck. (With `importance_mixing` members that are used once more have scores
+    of former episodes: then it is luck, too.) Seeds follow from `seed` and the
+    generation, so that a search that is resumed sees what it would have seen.
 
     Args:
         env: the id of an environment, or a function that makes one. Its
@@ -183,7 +184,8 @@ class Rollouts:
             if self._budget is not None and steps * workers >= self._budget:
                 break
         steps = int(sum_over_workers(strategy, steps))
-        if not steps:  # a loop until some time steps have been would not end
+        if not steps and population.reused < 2:
+            # A loop until some time steps have been would not end.
             raise ValueError(
                 "Expected a policy whose outputs are finite numbers for the "
                 "first observations, with the weights of one member at least. "

@@ -14,10 +14,14 @@ For a move of the mean by d standard deviations and a = 0 the share
 2 Phi(-d / 2) is kept, whatever the number of weights (`kept_share`).
 
 Members know the generation and index that their noise is drawn with, and
-`former_members` has the search distributions of the last steps. So that none
+`former_members` has the search distributions of the last 16 steps (as many as
+there are members, if that is less): so many times the size of the weights, of a
+variance by weight twice as much, and with sensitivities once more. So that none
 is needed any longer than that, each place gets a new member once in as many
-steps, in turn, which is without regard to the member that was there. What has
-had no loss is replaced, too.
+steps, in turn, which is without regard to the member that was there.
+
+A member without a result is replaced. (If that depends on its weights, those
+that are kept are not distributed as they should be.)
 
 Where it pays: with expensive losses of few weights, up to about as many as
 there are members. p' depends on the members of p, of which its step is made. Of
