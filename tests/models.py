@@ -242,3 +242,27 @@ def assert_replicas_are_equal(strategy, variables):
         )
         for other in others:
             np.testing.assert_array_equal(first, other, err_msg=variable.name)
+
+
+def assert_goes_on(make, fitted, again, path):
+    """Saved and resumed, a search is what goes on, bit by bit; or, cut into
+    chunks, nearly.
+
+    Args:
+        make: a compiled model, with arguments of its optimizer.
+        fitted: from a model to its state after a fit.
+        again: "resumed" or "cut".
+        path: of a file of weights.
+    """
+    model = make()
+    fitted(model)
+    model.save_weights(path)
+    cuts = {"chunk_size": 2, "memory_budget": 1} if again == "cut" else {}
+    other = make(**cuts)
+    other.load_weights(path)
+    for a, b in zip(fitted(model), fitted(other), strict=True):
+        if cuts:
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(a, b)
+    assert np.isfinite(weights(model)).all()

@@ -400,20 +400,9 @@ def test_everything_with_everything(case, tmp_path):
             **cuts,
         )
 
-    model = make()
-    fitted(model)
-    path = tmp_path / "model.weights.h5"
-    model.save_weights(path)
-    resumed = case["again"] == "resumed"
-    other = make(**{} if resumed else {"chunk_size": 2, "memory_budget": 1})
-    other.load_weights(path)
-    pairs = zip(fitted(model), fitted(other), strict=True)
-    for a, b in pairs:
-        if resumed:
-            np.testing.assert_array_equal(a, b)
-        else:
-            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
-    assert np.isfinite(models.weights(model)).all()
+    models.assert_goes_on(
+        make, fitted, case["again"], tmp_path / "model.weights.h5"
+    )
 
 
 @pytest.mark.parametrize("exchange", ["fitness", "gradient"])
