@@ -23,12 +23,13 @@ steps, in turn, which is without regard to the member that was there.
 A member without a result is replaced. (If that depends on its weights, those
 that are kept are not distributed as they should be.)
 
-Where it pays: with expensive losses of few weights, up to about as many as
-there are members. p' depends on the members of p, of which its step is made. Of
-d weights and N members, log p'(x) / p(x) of these is some sqrt(d / N) times
-what it is of others: with more weights than members the best ones stay whatever
-the step is, `effective_size` is a few, and they repeat what they have said. And
-where the loss is that of a batch, it is that of a former one. See
+Where it pays: with expensive losses of few weights, up to some tens. p' depends
+on the members of p, of which its step is made. Of d weights and N members,
+log p'(x) / p(x) of these is some sqrt(d / N) times what it is of others: with
+many weights the best ones stay whatever the step is, `effective_size` is a few,
+and they repeat what they have said (no better than antithetic pairs from 100
+weights on). And where the loss is that of a batch, it is that of a former one:
+worse than without on MNIST. See benchmarks/results/importance_mixing.md and
 docs/decisions/0045-importance-mixing.md.
 
 References:
