@@ -45,8 +45,15 @@ ARMS = {
     "abs": ({"sensitivity": "abs"}, None),
     "inputs": ({"sensitivity": "inputs"}, None),
     "mixed": ({"antithetic": False, "importance_mixing": 0.0}, None),
-    "mixed, bounded": (
-        {"antithetic": False, "importance_mixing": 0.0, "max_kl": 10.0},
+    "adapting": ({"adaptation_sampling": True}, None),
+    "rate times .1": ({"factor": 0.1}, None),
+    "rate times .1, adapting": (
+        {"factor": 0.1, "adaptation_sampling": True},
+        None,
+    ),
+    "rate times 10": ({"factor": 10.0}, None),
+    "rate times 10, adapting": (
+        {"factor": 10.0, "adaptation_sampling": True},
         None,
     ),
 }
@@ -121,8 +128,8 @@ def make_network(batch_norm=True):
     )
 
 
-def make_optimizer(antithetic, momentum, sensitivity, **more):
-    rate = FLAGS.learning_rate
+def make_optimizer(antithetic, momentum, sensitivity, factor=1.0, **more):
+    rate = factor * FLAGS.learning_rate
     if FLAGS.cosine:
         schedules = keras.optimizers.schedules
         rate = schedules.CosineDecay(rate, FLAGS.generations)
