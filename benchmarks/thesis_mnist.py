@@ -47,12 +47,12 @@ ARMS = {
     "mixed": ({"antithetic": False, "importance_mixing": 0.0}, None),
     "adapting": ({"adaptation_sampling": True}, None),
     "rate times .1": ({"factor": 0.1}, None),
-    "rate times .1, adapting": (
+    "rate times .1 adapting": (
         {"factor": 0.1, "adaptation_sampling": True},
         None,
     ),
     "rate times 10": ({"factor": 10.0}, None),
-    "rate times 10, adapting": (
+    "rate times 10 adapting": (
         {"factor": 10.0, "adaptation_sampling": True},
         None,
     ),
