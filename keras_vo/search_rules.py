@@ -13,6 +13,7 @@ from keras_vo.search.former_members import FormerMembers
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.rules import MaxKL, Rule
 from keras_vo.search_distribution import GaussianSearchDistribution
+from keras_vo.technique_checks import warn_of_many_weights
 
 __all__ = ["rules_for"]
 
@@ -30,6 +31,8 @@ def rules_for(
     keep_best: bool,
 ) -> list[Rule]:
     """See the arguments of `VOOptimizer`.
+
+    Warns of importance mixing with many weights.
 
     Args:
         variables: that are searched over.
@@ -53,6 +56,7 @@ def rules_for(
         rate = distribution.learning_rate if distribution.adapts else None
         rules.append(AdaptationSampling(layout.size, rate))
     if importance_mixing is not None:
+        warn_of_many_weights(layout.size, population_size)
         rules.append(FormerMembers(population_size, layout.size, scaled))
     if keep_best:
         rules.append(KeepBest(layout))

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from keras_vo.checks import as_float
 from keras_vo.search.credit import EXAMPLE, POSITION
 
-__all__ = ["check_full", "checked_alpha", "checked_credit"]
+__all__ = [
+    "check_full",
+    "checked_alpha",
+    "checked_credit",
+    "warn_of_many_weights",
+]
+
+# Weights for each member from which on importance mixing is warned of.
+_MANY = 10
 
 
 def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
@@ -64,3 +73,17 @@ def checked_alpha(
             f"importance_mixing={alpha} with antithetic=True"
         )
     return number
+
+
+def warn_of_many_weights(weights: int, members: int) -> None:
+    """Warns where importance mixing keeps the best members, whatever a step is:
+    see `keras_vo.search.importance_mixing`.
+    """
+    if weights > _MANY * members:
+        warnings.warn(
+            f"importance_mixing pays for few weights. Received: {weights:,} of "
+            f"them, and {members:,} members. The best members will stay "
+            "whatever a step is, and repeat what they have said: see "
+            "`effective_size` of `report.mixing` or SearchMonitor",
+            stacklevel=2,
+        )

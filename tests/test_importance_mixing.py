@@ -788,6 +788,14 @@ def test_layers_with_other_noise_are_refused(layer, others):
         model.train_on_batch(*regression())
 
 
+def test_many_weights_are_warned_of():
+    variable = tf.Variable(tf.zeros([10 * MEMBERS + 1]))
+    with pytest.warns(UserWarning, match="Received: 121 of them, and 12 memb"):
+        search().build([variable])
+    search().build([tf.Variable(tf.zeros([10 * MEMBERS]))])
+    search(importance_mixing=None).build([variable])
+
+
 def test_from_its_config():
     optimizer = search(importance_mixing=0.25)
     again = keras_vo.VOOptimizer.from_config(optimizer.get_config())

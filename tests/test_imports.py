@@ -49,7 +49,12 @@ ROOMS = {
     "population": {"member_weights", "checks"},
     "told": {"search"},
     "technique_checks": {"checks", "search"},
-    "search_rules": {"constraints", "search", "search_distribution"},
+    "search_rules": {
+        "constraints",
+        "search",
+        "search_distribution",
+        "technique_checks",
+    },
     "stopping": {"checks"},
     "remote_objective": set(),
     "optimizers": {"checks"},
