@@ -60,7 +60,7 @@ def step(x):
 
 
 def zero_one_error(y_true, y_pred):
-    wrong = tf.argmax(y_pred, -1) != tf.cast(tf.squeeze(y_true, -1), tf.int64)
+    wrong = tf.argmax(y_pred, -1) != tf.cast(tf.reshape(y_true, [-1]), tf.int64)
     return tf.cast(wrong, tf.float32)
 
 
