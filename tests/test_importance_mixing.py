@@ -701,6 +701,27 @@ def test_everything_with_everything(case, tmp_path):
     )
 
 
+def test_an_empty_batch_is_no_step():
+    """The population is the one before it."""
+    x, y = regression()
+    batches = [(x, y)] * 3 + [(x[:0], y[:0])]
+    specs = (tf.TensorSpec([None, 4]), tf.TensorSpec([None, 3]))
+    found = []
+    for count in (3, 4):
+        model = network(max_kl=0.1)
+        data = tf.data.Dataset.from_generator(
+            lambda n=count: iter(batches[:n]), output_signature=specs
+        )
+        model.fit(data, steps_per_epoch=count, shuffle=False, verbose=0)
+        state = model.optimizer._rule_state
+        found.append(
+            [models.weights(model), *(v.numpy() for v in state.values())]
+        )
+        assert model.optimizer.generations.numpy() == count
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     "compiling", [{"jit_compile": True}, {"run_eagerly": True}]
 )

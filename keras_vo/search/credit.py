@@ -204,7 +204,7 @@ def pool(
     if outcomes.examples is not None:
         examples = tf.cast(outcomes.examples, dtype)
     if communicator.count == 1:
-        losses = _with_former(losses, former)
+        losses = _with_former(losses, former, examples)
         if outcomes.missing is not None:
             signs = losses.shape[0] // shard.directions
             utilities, known = shaped_where_known(shape, losses, signs)
@@ -225,17 +225,24 @@ def pool(
     reference = baselines[tf.argmax(seen > 0)]
     owners = Shard.owners(shard.directions, communicator.count)
     offsets = tf.gather(baselines - reference, owners * signs)
-    compared = _with_former(losses - offsets, former)
-    losses = _with_former(losses, former)
+    examples = tf.reduce_sum(seen)
+    compared = _with_former(losses - offsets, former, examples)
+    losses = _with_former(losses, former, examples)
     utilities, known = shaped_where_known(shape, compared, signs)
-    return Pooled(losses, utilities, known, tf.reduce_sum(seen), compared)
+    return Pooled(losses, utilities, known, examples, compared)
 
 
-def _with_former(losses: tf.Tensor, former: tf.Tensor | None) -> tf.Tensor:
+def _with_former(
+    losses: tf.Tensor, former: tf.Tensor | None, examples: tf.Tensor
+) -> tf.Tensor:
+    """Losses with those that were known before. Of an empty batch, which says
+    nothing beside these, none are finite: there is no step of it.
+    """
     if former is None:
         return losses
     former = tf.cast(former, losses.dtype)
-    return tf.where(tf.math.is_nan(former), losses, former)
+    losses = tf.where(tf.math.is_nan(former), losses, former)
+    return tf.where(examples > 0, losses, math.inf)
 
 
 def all_losses(pooled: Mapping[str, Pooled]) -> tf.Tensor:
