@@ -26,7 +26,11 @@ import tensorflow as tf
 from keras_vo.search.chunks import Noise, NoiseSource, sum_over_chunks
 from keras_vo.search.communicator import Communicator
 from keras_vo.search.members import Shard
-from keras_vo.search.missing import Shaping, shaped_where_known
+from keras_vo.search.missing import (
+    Shaping,
+    shaped_where_known,
+    with_former,
+)
 
 __all__ = [
     "EXAMPLE",
@@ -204,7 +208,7 @@ def pool(
     if outcomes.examples is not None:
         examples = tf.cast(outcomes.examples, dtype)
     if communicator.count == 1:
-        losses = _with_former(losses, former, examples)
+        losses = with_former(losses, former, examples)
         if outcomes.missing is not None:
             signs = losses.shape[0] // shard.directions
             utilities, known = shaped_where_known(shape, losses, signs)
@@ -226,23 +230,10 @@ def pool(
     owners = Shard.owners(shard.directions, communicator.count)
     offsets = tf.gather(baselines - reference, owners * signs)
     examples = tf.reduce_sum(seen)
-    compared = _with_former(losses - offsets, former, examples)
-    losses = _with_former(losses, former, examples)
+    compared = with_former(losses - offsets, former, examples)
+    losses = with_former(losses, former, examples)
     utilities, known = shaped_where_known(shape, compared, signs)
     return Pooled(losses, utilities, known, examples, compared)
-
-
-def _with_former(
-    losses: tf.Tensor, former: tf.Tensor | None, examples: tf.Tensor
-) -> tf.Tensor:
-    """Losses with those that were known before. Of an empty batch, which says
-    nothing beside these, none are finite: there is no step of it.
-    """
-    if former is None:
-        return losses
-    former = tf.cast(former, losses.dtype)
-    losses = tf.where(tf.math.is_nan(former), losses, former)
-    return tf.where(examples > 0, losses, math.inf)
 
 
 def all_losses(pooled: Mapping[str, Pooled]) -> tf.Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from keras_vo.fitness_shaping import shaped_known
 
-__all__ = ["Shaping", "shaped_where_known"]
+__all__ = ["Shaping", "shaped_where_known", "with_former"]
 
 Shaping = Callable[[tf.Tensor], tf.Tensor]
 
@@ -59,3 +60,16 @@ def shaped_where_known(
         tf.reduce_all(known), utilities, weights * (utilities - mean)
     )
     return utilities, members
+
+
+def with_former(
+    losses: tf.Tensor, former: tf.Tensor | None, examples: tf.Tensor
+) -> tf.Tensor:
+    """Losses with those that were known before. Of an empty batch, which says
+    nothing beside these, none are finite: there is no step of it.
+    """
+    if former is None:
+        return losses
+    former = tf.cast(former, losses.dtype)
+    losses = tf.where(tf.math.is_nan(former), losses, former)
+    return tf.where(examples > 0, losses, math.inf)
