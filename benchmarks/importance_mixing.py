@@ -307,7 +307,12 @@ def run(problem, most_seconds=900):
     history = monitor.history
     names = ("acceptance", "predicted_acceptance", "effective_size", "kl")
     means = {n: float(np.nanmean(history[n])) for n in names if n in history}
-    return {"evaluations": found, "steps": len(history["kl"]), **means}
+    return {
+        "evaluations": found,
+        "steps": len(history["kl"]),
+        "largest_kl": float(np.max(history["kl"])),
+        **means,
+    }
 
 
 def cell(values):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from models import assert_replicas_are_equal, mirrored, scope
 
 import keras_vo
+from keras_vo.evaluation.data_flow import DataFlow
 from keras_vo.keras_compat import layer_calls
 from keras_vo.search import layout
 from keras_vo.search.gaussian import Gaussian, kl_divergence, step_kl
@@ -478,8 +479,18 @@ def with_activation(function):
         ("abs", False, tf.sign, "Sign"),
         ("sum", True, tf.sign, "Sign"),
         ("sum", False, tf.round, "Round"),
+        ("sum", False, tf.function(tf.sign), "Sign"),
+        ("abs", False, lambda x: tf.map_fn(tf.sign, x), "Sign"),
+        (
+            "sum",
+            False,
+            lambda x: tf.cond(
+                x[0, 0] > 0, lambda: tf.round(x), lambda: tf.sign(x)
+            ),
+            "Round",
+        ),
     ],
-    ids=range(5),
+    ids=range(8),
 )
 def test_no_gradient_is_an_error(function, op, kind, run_eagerly):
     """TensorFlow's gradient is none, or (of `sign`) zero."""
@@ -495,6 +506,61 @@ def test_no_gradient_is_an_error(function, op, kind, run_eagerly):
     for part in ("'first'", "sensitivity=None", '"inputs"', f"{op} in "):
         assert part in message
     assert "'last'" not in message and "quantizer" in message
+
+
+def counted_up(x):
+    """(x, sign(x)) in a loop, then in a function; the sum of both is smooth."""
+
+    def body(i, smooth, steps):
+        return i + 1, steps + smooth, tf.sign(smooth)
+
+    _, smooth, steps = tf.while_loop(
+        lambda i, *_: i < 3, body, [0, x, tf.zeros_like(x)]
+    )
+    return tf.function(lambda a, b: (a, b, a + b))(smooth, steps)
+
+
+@pytest.mark.parametrize(
+    "output, is_smooth", [(0, True), (1, False), (2, True)]
+)
+def test_each_output_of_a_function_and_a_loop(output, is_smooth):
+    """The second one is a sign, the others depend on the inputs smoothly."""
+
+    @tf.function(autograph=False)
+    def found():
+        x, other = tf.ones([2]), tf.ones([2])
+        ends = [counted_up(x)[output]]
+        reached = DataFlow(ends[0].graph).reached(ends, [x, other])
+        smoothly = DataFlow(ends[0].graph, ["Sign"]).reached(ends, [x, other])
+        assert reached == [True, False]
+        assert smoothly == [is_smooth, False]
+        names = DataFlow(ends[0].graph).between(ends, [x], ["Sign"])
+        assert len(names) == 1 and names[0].startswith("Sign in 'while/")
+        return ends
+
+    found()
+
+
+def test_a_recurrent_layer_with_step_units():
+    """Its weights are behind a sign in the loop. A GRU's kernel is so in part:
+    its gates have no derivative, and least sensitivity.
+    """
+
+    def network(layer):
+        inputs = keras.Input((5, 4))
+        return keras.Model(inputs, layers.Dense(3)(layer(inputs)))
+
+    x, y = rows(6, 5, 4), rows(6, 3)
+    with pytest.raises(
+        ValueError, match="'rnn/simple_rnn_cell'.* behind Sign in "
+    ):
+        rnn = layers.SimpleRNN(3, activation=tf.sign, name="rnn")
+        measured(network(rnn), x, y, sensitivity="sum")
+    gru = layers.GRU(3, recurrent_activation=tf.round)
+    kernel, *_ = measured(network(gru), x, y, sensitivity="sum")
+    gates, candidate = kernel[:, :6], kernel[:, 6:]
+    np.testing.assert_allclose(gates, 0.01 * kernel.max(), rtol=1e-5)
+    assert candidate.min() > 0.02 * kernel.max()
 
 
 @pytest.mark.parametrize("kind", ["sum", "abs"])

@@ -14,8 +14,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_vo.evaluation.data_flow import DataFlow
 from keras_vo.evaluation.vectorized import quiet_tensorflow
-from keras_vo.perturbations import graph_ops
 
 __all__ = ["Jacobian", "NoGradient", "absolute_rows", "as_units", "sum_rows"]
 
@@ -24,28 +24,13 @@ Network = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
 
 # Rows of the Jacobians of examples that are made at once, at most.
 _MOST_ROWS = 256
-# Ops whose gradient is none, or zero.
-_ZERO = {"Sign"}
-_STEPS = _ZERO | {
-    "ArgMax",
-    "ArgMin",
-    "Bucketize",
-    "Ceil",
-    "Equal",
-    "EagerPyFunc",
-    "Floor",
-    "FloorDiv",
-    "Greater",
-    "GreaterEqual",
-    "Less",
-    "LessEqual",
-    "LogicalNot",
-    "NotEqual",
-    "PyFunc",
-    "Rint",
-    "Round",
-    "StopGradient",
-}
+# Ops whose gradient is none, or zero; of functions and loops it is zero.
+_STEPS = frozenset(
+    """
+    ArgMax ArgMin Bucketize Ceil Equal Floor FloorDiv Greater GreaterEqual Less
+    LessEqual LogicalNot NotEqual PyFunc Rint Round Sign StopGradient
+    """.split()
+)
 # What is vectorized: derivatives of other ops (loops, attention) have crashed
 # TensorFlow 2.21 where they were.
 _VECTORIZED = frozenset(
@@ -263,8 +248,9 @@ def _check(value: tf.Tensor, weights: Sequence[tf.Tensor], found: Any) -> None:
     """Raises if a gradient is none, or always 0, of weights that matter."""
     if tf.executing_eagerly():
         return
-    reached = graph_ops.reached([value], weights)
-    smoothly = graph_ops.reached([value], weights, _ZERO)
+    flow = DataFlow(value.graph)
+    reached = flow.reached([value], weights)
+    smoothly = DataFlow(value.graph, _STEPS).reached([value], weights)
     without = [
         i
         for i, (gradient, reaches, smooth) in enumerate(
@@ -273,5 +259,6 @@ def _check(value: tf.Tensor, weights: Sequence[tf.Tensor], found: Any) -> None:
         if reaches and (gradient is None or not smooth)
     ]
     if without:
-        ops = graph_ops.between([value], [weights[i] for i in without], _STEPS)
+        sources = [weights[i] for i in without]
+        ops = flow.between([value], sources, _STEPS | {"EagerPyFunc"})
         raise NoGradient(without, ops[:_NAMED])

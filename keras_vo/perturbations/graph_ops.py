@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 __all__ = [
     "ancestors",
-    "between",
     "depends",
     "is_in_vectorized_loop",
-    "reached",
     "uses",
 ]
 
@@ -58,43 +56,6 @@ def ancestors(tensor: tf.Tensor) -> set[int] | None:
     return {id(op) for op in _ancestors(tensor)}
 
 
-def reached(
-    tensors: Sequence[tf.Tensor],
-    sources: Sequence[tf.Tensor],
-    without: Collection[str] = (),
-) -> list[bool]:
-    """Which of `sources` some of `tensors` is computed by, in a graph.
-
-    Args:
-        tensors: in the same graph.
-        sources: see above.
-        without: types of ops that no way leads through.
-    """
-    seen: set[int] = set()
-    for tensor in tensors:
-        seen.update(id(op) for op in _ancestors(tensor, without, data=True))
-    return [id(source.op) in seen for source in sources]
-
-
-def between(
-    tensors: Sequence[tf.Tensor],
-    sources: Sequence[tf.Tensor],
-    types: Collection[str],
-) -> list[str]:
-    """Names of the ops of some types that are on the way from `sources`."""
-    ops = {
-        id(op): op
-        for tensor in tensors
-        for op in _ancestors(tensor, data=True)
-        if op.type in types
-    }
-    return [
-        f"{op.type} in {op.name!r}"
-        for op in ops.values()
-        if any(reached(list(op.inputs), sources))
-    ]
-
-
 def uses(handle: tf.Tensor | None) -> int:
     """How many ops of the current graph take the variable of a handle; eagerly
     0. `None`: that of no variable.
@@ -107,24 +68,15 @@ def uses(handle: tf.Tensor | None) -> int:
     return len(graph.capture(handle).consumers())
 
 
-def _ancestors(
-    tensor: tf.Tensor, without: Collection[str] = (), data: bool = False
-) -> Iterator[Any]:
-    """The ops of the graph that a tensor is computed by.
-
-    Args:
-        tensor: it.
-        without: types of ops that are left out, with what is behind them.
-        data: whether control dependencies do not count.
-    """
+def _ancestors(tensor: tf.Tensor) -> Iterator[Any]:
+    """The ops of the graph that a tensor is computed by."""
     seen = set()
     todo = [tensor.op]
     while todo:
         op = todo.pop()
-        if id(op) in seen or op.type in without:
+        if id(op) in seen:
             continue
         seen.add(id(op))
         yield op
         todo.extend(source.op for source in op.inputs)
-        if not data:
-            todo.extend(op.control_inputs)
+        todo.extend(op.control_inputs)
