@@ -98,8 +98,9 @@ class SearchSteps(SearchFiles):
     ) -> Report:
         """Evaluates one generation and updates mu and sigma.
 
-        If no member's loss is finite, weights, sigma and the inner optimizer
-        are left as they are; only the next generation's noise is another.
+        If no member's loss is finite, weights, sigma (and sensitivities) and
+        the inner optimizer are left as they are; only the next generation's
+        noise is another.
 
         Args:
             objective: from a list of weight tensors to a scalar loss.
@@ -207,10 +208,6 @@ class SearchSteps(SearchFiles):
             self._take(search, report, variables, before)
             if self.observer is not None:
                 self.observer.observe(observed(search, report, moved, outputs))
-            if self._sensitivity is not None:
-                self.assign(
-                    self._sensitivity, search.state.gaussian.sensitivity
-                )
             with tf.control_dependencies([report.losses]):
                 self.assign_add(self.generations, 1)
         return report
@@ -319,6 +316,9 @@ class SearchSteps(SearchFiles):
             variable: Any = self.inner_optimizer.learning_rate
             new = tf.cast(report.rules[MEAN_RATE], variable.dtype)
             changes.append((variable, new, old.learning_rate))
+        if self._sensitivity is not None:
+            new, former = old.gaussian.sensitivity, self._sensitivity_now()
+            changes.append((self._sensitivity, new, former))
         for variable, new, value in changes:
             self.assign(variable, tf.where(report.any_finite, new, value))
         self._round(variables)

@@ -99,7 +99,7 @@ class Measurement:
         def measured() -> tf.Tensor:
             raw = tf.split(tf.sqrt(squares), _sizes(self.variables))
             layers = layer_groups(self.variables)
-            return sensitivity_lib.normalized(raw, layers, self.dtype)
+            return sensitivity_lib.normalized(raw, layers, former)
 
         return tf.cond(due & (examples > 0), measured, lambda: former)
 

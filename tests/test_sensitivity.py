@@ -44,7 +44,8 @@ def measured(model, *data, sensitivity, **arguments):
         **{"loss": "mse", **compiling},
     )
     model.train_on_batch(*data)
-    return [SIGMA / s.numpy() for s in model.optimizer.stddevs]
+    search = keras_vo.optimizer.find_vo_optimizer(model.optimizer)
+    return [SIGMA / s.numpy() for s in search.stddevs]
 
 
 def of_layers(variables, raw):
@@ -707,12 +708,14 @@ def test_normalized():
         np.array([4.0, np.nan]),
         np.array(0.0),
         np.array([3.0]),
+        np.array([np.nan, np.inf]),
     ]
-    groups = (0, 0, 1, 2)
-    got = normalized([tf.constant(r) for r in raw], groups, tf.float64)
+    groups = (0, 0, 1, 2, 3)
+    former = tf.range(10, 20, dtype=tf.float64)
+    got = normalized([tf.constant(r) for r in raw], groups, former)
     first = np.array([0.25, 0.5, 0.01, 0.01, 1.0, 1.0])
     first *= np.sqrt(np.mean(1 / first**2))
-    np.testing.assert_allclose(got, [*first, 1.0, 1.0])
+    np.testing.assert_allclose(got, [*first, 1.0, 1.0, 18.0, 19.0])
     np.testing.assert_allclose(np.mean(1 / got[:6] ** 2), 1.0)
 
 
@@ -971,6 +974,20 @@ def test_batches_without_examples_leave_it():
     np.testing.assert_array_equal(model.optimizer._sensitivity, sensitivity)
 
 
+@pytest.mark.parametrize("sensitivity", ["sum", "inputs"])
+def test_without_a_finite_loss_they_stay(sensitivity):
+    """A NaN in the batch they are due in, and then in the losses."""
+    model = network(sensitivity, sensitivity_period=1)
+    x, y = regression()
+    model.train_on_batch(x, y)
+    before = model.optimizer._sensitivity.numpy()
+    assert np.ptp(before) > 0.01
+    x[0, 0] = np.nan
+    model.train_on_batch(3 * x, y)
+    np.testing.assert_array_equal(model.optimizer._sensitivity, before)
+    assert np.all(np.isfinite(models.weights(model)))
+
+
 @pytest.mark.parametrize(
     "policy, sensitivity",
     [
@@ -988,6 +1005,23 @@ def test_policies(policy, sensitivity):
     optimizer = keras_vo.optimizer.find_vo_optimizer(model.optimizer)
     kernel = np.asarray(tf.cast(optimizer.stddevs[0], tf.float64))
     assert np.all(np.isfinite(kernel)) and np.ptp(kernel) > 0.01
+
+
+def test_sums_that_float16_has_no_number_for():
+    """Over 256 examples of 1,024 positions."""
+
+    def found():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((32, 32, 2))
+        model = keras.Model(inputs, layers.Conv2D(2, 1)(inputs))
+        x = np.abs(rows(256, 32, 32, 2)) * [1, 4]
+        return measured(model, x, rows(256, 32, 32, 2), sensitivity="sum")
+
+    want = found()
+    keras.config.set_dtype_policy("mixed_float16")
+    for got, wanted in zip(found(), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-2)
+    assert np.ptp(want[0]) > 1
 
 
 def test_from_its_config():

@@ -8,6 +8,7 @@ Jacobian is held: its rows are made a chunk at a time.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,19 +84,25 @@ def as_units(outputs: Any, dtype: tf.DType) -> list[tf.Tensor]:
 def sum_rows(jacobian: Jacobian, first: tf.Tensor, count: int) -> tf.Tensor:
     """sum_i dy_k(x_i)/dw for `count` units k from `first`, [count, d].
 
-    Positions count as examples. Units that are not there have zeros.
+    Positions count as examples. Units that are not there have zeros. Of I
+    examples the derivative is that of the sum over some sqrt(I) (a power of 2),
+    so that those in float16 overflow as little as they vanish.
 
     Raises:
         NoGradient: see there.
     """
 
+    total = tf.cast(jacobian.positions * _examples(jacobian.inputs), tf.float32)
+    halved = tf.floor(tf.math.log(tf.maximum(total, 1.0)) / math.log(4.0))
+    scale = tf.cast(tf.pow(2.0, halved), jacobian.dtype)
+
     def row(unit: tf.Tensor) -> tf.Tensor:
         def of(y: tf.Tensor) -> tf.Tensor:
             totals = tf.reduce_sum(tf.reshape(y, [-1, jacobian.units]), axis=0)
-            return totals[tf.minimum(unit, jacobian.units - 1)]
+            return totals[tf.minimum(unit, jacobian.units - 1)] / scale
 
         found = jacobian.gradient(jacobian.inputs, of)
-        return found * tf.cast(unit < jacobian.units, found.dtype)
+        return found * scale * tf.cast(unit < jacobian.units, found.dtype)
 
     return tf.map_fn(
         row,
@@ -115,8 +122,7 @@ def absolute_rows(
     Raises:
         NoGradient: see there.
     """
-    inputs = [x for x in keras.tree.flatten(jacobian.inputs) if x is not None]
-    examples = tf.shape(inputs[0])[0]
+    examples = _examples(jacobian.inputs)
     chunk = jacobian.memory_budget // max(
         1, 4 * jacobian.size * jacobian.dtype.size
     )
@@ -222,6 +228,11 @@ class Jacobian:
             for w, gradient in zip(own, found, strict=True)
         ]
         return tf.concat(parts, axis=0)
+
+
+def _examples(inputs: Any) -> tf.Tensor:
+    parts = [x for x in keras.tree.flatten(inputs) if x is not None]
+    return tf.shape(parts[0])[0]
 
 
 def _is_vectorizable(row: Callable[[tf.Tensor], tf.Tensor], rows: int) -> bool:

@@ -43,30 +43,36 @@ LEAST = 0.01
 
 
 def normalized(
-    raw: Sequence[tf.Tensor], layers: Sequence[int], dtype: tf.DType
+    raw: Sequence[tf.Tensor],
+    layers: Sequence[int],
+    former: tf.Tensor,
 ) -> tf.Tensor:
     """s [d] from sensitivities as they are measured.
 
     Where a layer has none that is above 0, s is 1. What is not finite counts as
-    the largest one of its layer, so that it gets the least noise.
+    the largest one of its layer, so that it gets the least noise; a layer of
+    which nothing is finite (as by a NaN in the batch) keeps its former s.
 
     Args:
         raw: sensitivities of each weight tensor, not negative.
         layers: the layer of each tensor, numbered from 0.
-        dtype: of s.
+        former: s as it was, [d], of the dtype that s has.
     """
+    dtype = former.dtype
     flat = [tf.reshape(tf.cast(part, dtype), [-1]) for part in raw]
+    kept = tf.split(former, [part.shape[0] for part in flat])
     found: dict[int, tf.Tensor] = {}
     for layer in sorted(set(layers)):
         own = [i for i, of in enumerate(layers) if of == layer]
         values = tf.concat([flat[i] for i in own], axis=0)
         sizes = [flat[i].shape[0] for i in own]
-        parts = tf.split(_of_layer(values), sizes)
+        before = tf.concat([kept[i] for i in own], axis=0)
+        parts = tf.split(_of_layer(values, before), sizes)
         found |= dict(zip(own, parts, strict=True))
     return tf.concat([found[i] for i in range(len(flat))], axis=0)
 
 
-def _of_layer(values: tf.Tensor) -> tf.Tensor:
+def _of_layer(values: tf.Tensor, former: tf.Tensor) -> tf.Tensor:
     finite = tf.math.is_finite(values)
     largest = tf.reduce_max(tf.where(finite, values, 0))
     known = tf.where(finite, values, largest)
@@ -75,7 +81,8 @@ def _of_layer(values: tf.Tensor) -> tf.Tensor:
     )
     mean = tf.reduce_mean(tf.math.reciprocal(tf.square(relative)))
     scaled = relative * tf.sqrt(mean)
-    return tf.where(largest > 0, scaled, tf.ones_like(scaled))
+    found = tf.where(largest > 0, scaled, tf.ones_like(scaled))
+    return tf.where(tf.reduce_any(finite), found, former)
 
 
 def divergence(
