@@ -54,7 +54,7 @@ class SearchMonitor(keras.callbacks.Callback):
       noise alone, -1 at least. It is the noise of the perturbations, not that
       of the choice of the batch.
     - `kl`: divergence between the search distributions before and after the
-      step, in nats.
+      step, in nats (with the sensitivities of the step, not the next ones).
     - `utility_spread`: standard deviation of the members' utilities.
     - `divergence` of a member's outputs (`keras_vo.monitor.divergence`), in one
       of eight steps of `fit`; without `sensitivity`, `divergence_unscaled`.

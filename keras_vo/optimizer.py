@@ -82,8 +82,8 @@ class VOOptimizer(Minimize):
         max_kl: bound, in nats, on the KL divergence between the search
             distributions before and after a step. A step beyond it, that of
             the inner optimizer included, is shrunk along its own direction.
-            `None`: no bound. Not to be combined with an inner optimizer that
-            keeps an EMA.
+            `None`: no bound. New sensitivities change the distribution apart
+            from it, unbounded. Not with an inner optimizer that keeps an EMA.
         perturbation: how weights are perturbed while a population is evaluated,
             of layers that do not say so themselves (as those of
             `keras_vo.layers` do). "full": each weight has noise of its own.
@@ -115,31 +115,31 @@ class VOOptimizer(Minimize):
             1). Sigma is then the root mean square of a layer's noise, and
             sigma / s that of a weight: see `keras_vo.search.sensitivity`
             [1, eq. 32-35]. "sum" and "abs": by derivatives of the network's
-            outputs (the loss and the objective are never differentiated), of
-            their mean over the batch, and of the absolute values of those of
-            each example, which takes as many backward passes as there are
-            outputs ("abs": and examples). The last axis of outputs is that of
-            units; positions count as examples. "inputs": by the root mean
-            square of what each row of a kernel is multiplied with, from a
-            forward pass; it works with step activations. Or a callable from
-            the list of variables and the batch's inputs (`None` without a
-            model) to a list of tensors like the variables. It has not paid on
-            digits and MNIST (benchmarks/results/sensitivity.md).
+            outputs (never of the loss), of their mean over the batch, and of
+            the absolute values of those of each example, which takes as many
+            backward passes as there are outputs ("abs": and examples). The last
+            axis of outputs is that of units; positions count as examples.
+            "inputs": by the root mean square of what each row of a kernel is
+            multiplied with, from a forward pass; it works with step units. Or
+            a callable from the list of variables and the batch's inputs (`None`
+            without a model) to a list of tensors like the variables. It has not
+            paid on digits and MNIST (benchmarks/results/sensitivity.md).
         adaptation_sampling: whether the learning rates of the mean and of the
-            log variance adapt [2] (for rates that are not known,
-            on whole batches and functions: where losses say little of many
-            weights they go to ten times the first): up by a tenth where
-            members, weighted as if a larger step had been taken, have better
-            losses, else back to where they began, a tenth of the way: see
-            `keras_vo.search.adaptation_sampling`. For noise of full rank,
-            and an inner optimizer without a schedule.
+            log variance adapt [2] (for rates that are not known, on whole
+            batches and functions: where losses say little of many weights they
+            go to ten times the first): up by a tenth where members, weighted as
+            if a step 3 times as large had been taken, have better losses, else
+            back to where they began, a tenth of the way: see
+            `keras_vo.search.adaptation_sampling`. For noise of full rank, and
+            an inner optimizer without a schedule.
         importance_mixing: the least share of members that is drawn anew, in
             [0, 1]; others may be members of the last population, with the
             losses that they had, so chosen that all are distributed as new
             ones are (`None`: all are new). See
             `keras_vo.search.importance_mixing` for how many stay, where it
             pays and what it keeps. Call `forget_members()` where the objective
-            or the data change. For noise of full rank, and `antithetic=False`.
+            or the data change. For noise of full rank, `antithetic=False`, and
+            no tf.function with `jit_compile` around `minimize`.
         sensitivity_period: steps after which it is measured again, from the
             batch of that step.
         seed: base seed of the noise, an integer in [0, 2^63). `None`: drawn
@@ -238,10 +238,9 @@ class VOOptimizer(Minimize):
         self.sensitivity_period = checks.checked_integer(
             "sensitivity_period", sensitivity_period
         )
-        self.adaptation_sampling = bool(adaptation_sampling)
-        if self.adaptation_sampling:
-            techniques.check_full("adaptation_sampling=True", perturbation)
-            inner_lib.check_settable(self.inner_optimizer)
+        self.adaptation_sampling = techniques.checked_adaptation(
+            adaptation_sampling, perturbation, self.inner_optimizer
+        )
         self.importance_mixing = techniques.checked_alpha(
             importance_mixing, perturbation, self.antithetic
         )

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_vo import checks, interrupts
 from keras_vo import inner_optimizer as inner_lib
+from keras_vo import technique_checks as techniques
 from keras_vo.autograph import converted_as_caller
 from keras_vo.evaluation import graph
 from keras_vo.evaluation.isolation import Isolation
@@ -256,13 +257,11 @@ class SearchSteps(SearchFiles):
             probe,
         )
         perturbations = Perturbations(recording, space)
+        full = perturbations.at(perturbations.levels[0]).full
+        techniques.check_densities(self, full, variables)
         replicas = current_replicas(self.exchange)
-        return (
-            Search(
-                self._settings, state, perturbations, replicas, probe, scale
-            ),
-            perturbations,
-        )
+        parts = (self._settings, state, perturbations, replicas, probe, scale)
+        return Search(*parts), perturbations
 
     def _scale_of(self, sites: Sequence[Site]) -> ActivationScale:
         """Of the noise on the outputs of these calls."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,9 +29,13 @@ def checked_sensitivity(sensitivity: Any) -> Any:
 
     Raises:
         ValueError: anything else.
+        TypeError: a callable that can not be given two arguments.
     """
-    if sensitivity is None or callable(sensitivity):
+    if callable(sensitivity):
+        _check_arguments(sensitivity)
         return sensitivity
+    if sensitivity is None:
+        return None
     if isinstance(sensitivity, str) and sensitivity in _KINDS:
         return sensitivity
     raise ValueError(
@@ -38,6 +43,21 @@ def checked_sensitivity(sensitivity: Any) -> Any:
         "from the variables and a batch of inputs to the sensitivity of each "
         f"weight. Received: sensitivity={sensitivity!r}"
     )
+
+
+def _check_arguments(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin that does not say what it takes
+        return
+    try:
+        signature.bind([], None)
+    except TypeError as error:
+        raise TypeError(
+            "A callable `sensitivity` is given two arguments: the list of "
+            "variables, and the batch's inputs (None without a model). "
+            f"Received: sensitivity={function!r}, of which Python says: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

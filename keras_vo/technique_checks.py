@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from keras_vo.checks import as_float
+from keras_vo.checks import as_float, variable_name
+from keras_vo.inner_optimizer import check_settable
 from keras_vo.search.credit import EXAMPLE, POSITION
 
 __all__ = [
-    "check_full",
+    "check_densities",
+    "checked_adaptation",
     "checked_alpha",
     "checked_credit",
     "warn_of_many_weights",
@@ -41,7 +44,7 @@ def checked_credit(credit: str, discount: Any) -> tuple[str, float]:
     return credit, number
 
 
-def check_full(argument: str, perturbation: str) -> None:
+def _check_full(argument: str, perturbation: str) -> None:
     """Raises for noise under which members' weights have no density."""
     if perturbation != "full":
         raise ValueError(
@@ -50,6 +53,48 @@ def check_full(argument: str, perturbation: str) -> None:
             'activations have not. Expected: perturbation="full". '
             f"Received: perturbation={perturbation!r}"
         )
+
+
+def check_densities(
+    optimizer: Any, full: Sequence[int], variables: Sequence[Any]
+) -> None:
+    """Raises for layers with noise of their own kind, under which members'
+    weights have no density.
+
+    Args:
+        optimizer: a VOOptimizer.
+        full: indices of the variables with noise of full rank.
+        variables: all that are searched over.
+    """
+    others = [
+        variable_name(variable)
+        for i, variable in enumerate(variables)
+        if i not in full
+    ]
+    for argument in ("importance_mixing", "adaptation_sampling"):
+        value = getattr(optimizer, argument)
+        if others and value is not None and value is not False:
+            raise ValueError(
+                f"{argument}={value} needs the density of members' weights "
+                "under other search distributions. Expected: noise of full "
+                "rank on all weights. Received: layers with noise of their "
+                f"own on {others[0]!r} (of {len(others)} variables)"
+            )
+
+
+def checked_adaptation(
+    value: Any, perturbation: str, inner_optimizer: Any
+) -> bool:
+    """`adaptation_sampling`: True or False."""
+    if value not in (True, False):
+        raise ValueError(
+            "`adaptation_sampling` must be True or False. Received: "
+            f"adaptation_sampling={value!r}"
+        )
+    if value:
+        _check_full("adaptation_sampling=True", perturbation)
+        check_settable(inner_optimizer)
+    return bool(value)
 
 
 def checked_alpha(
@@ -65,7 +110,7 @@ def checked_alpha(
             "of members that is drawn anew, or None. Received: "
             f"importance_mixing={alpha!r}"
         )
-    check_full(f"importance_mixing={alpha}", perturbation)
+    _check_full(f"importance_mixing={alpha}", perturbation)
     if antithetic:
         raise ValueError(
             "importance_mixing keeps single members, which mirror no other "

@@ -1,7 +1,7 @@
 """What keras_vo uses of TensorFlow beyond its public interface.
 
 TensorFlow offers no public way to see, and to replace, the ops that a user's
-code makes.
+code makes, nor to see what compiles them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tensorflow as tf
 try:
     from tensorflow.python.eager.record import VariableWatcher as _Watcher
     from tensorflow.python.framework import op_callbacks as _op_callbacks
+    from tensorflow.python.ops import control_flow_util as _control_flow
 except ImportError as error:
     raise ImportError(
         "keras_vo uses names of TensorFlow that are not public. Expected: a "
@@ -22,7 +23,12 @@ except ImportError as error:
         f"keras_vo. Received: TensorFlow {tf.__version__}, {error}"
     ) from error
 
-__all__ = ["called_for_each_op", "resource_dtype", "variables_read"]
+__all__ = [
+    "called_for_each_op",
+    "is_compiled_by_xla",
+    "resource_dtype",
+    "variables_read",
+]
 
 
 @contextlib.contextmanager
@@ -66,6 +72,12 @@ def variables_read() -> Iterator[list[Any]]:
     with _Watcher() as watcher:
         yield variables
         variables += watcher.watched_variables()
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether a `tf.function(jit_compile=True)` is traced."""
+    graph = tf.compat.v1.get_default_graph()
+    return bool(_control_flow.GraphOrParentsInXlaContext(graph))
 
 
 def resource_dtype(handle: tf.Tensor) -> tf.DType | None:

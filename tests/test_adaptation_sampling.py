@@ -465,8 +465,15 @@ def test_layers_with_other_noise_are_refused(layer, others):
     more = [keras.layers.Dense(3)] if others else []
     model = keras_vo.VOSequential([keras.Input((4,)), layer(3), *more])
     model.compile(optimizer=search(), loss="mse")
-    with pytest.raises(ValueError, match="Expected noise of full rank"):
+    said = f"^adaptation_sampling=True.*'{model.layers[0].name}/kernel'"
+    with pytest.raises(ValueError, match=said):
         model.train_on_batch(*regression())
+
+
+@pytest.mark.parametrize("value", ["False", "yes", 1.1, None])
+def test_neither_true_nor_false(value):
+    with pytest.raises(ValueError, match=f"True or False. .*={value!r}$"):
+        keras_vo.VOOptimizer(adaptation_sampling=value)
 
 
 def test_from_its_config():

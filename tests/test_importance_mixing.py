@@ -805,8 +805,25 @@ def test_layers_with_other_noise_are_refused(layer, others):
     more = [keras.layers.Dense(3)] if others else []
     model = keras_vo.VOSequential([keras.Input((4,)), layer(3), *more])
     model.compile(optimizer=search(), loss="mse")
-    with pytest.raises(ValueError, match="Expected noise of full rank"):
+    said = f"^importance_mixing=0.*'{model.layers[0].name}/kernel'"
+    with pytest.raises(ValueError, match=said):
         model.train_on_batch(*regression())
+
+
+def test_a_function_that_xla_compiles_is_refused():
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = search()
+    optimizer.build([variable])
+
+    @tf.function(autograph=False)
+    def step():
+        optimizer.minimize(lambda w: tf.reduce_sum(w[0] ** 2), [variable])
+
+    compiled = tf.function(lambda: step(), jit_compile=True, autograph=False)
+    with pytest.raises(ValueError, match="Expected: `minimize` eagerly"):
+        compiled()
+    step()
+    assert int(optimizer.generations) == 1
 
 
 def test_many_weights_are_warned_of():

@@ -1040,6 +1040,11 @@ def test_other_arguments(sensitivity):
         keras_vo.VOOptimizer(sensitivity=sensitivity)
 
 
+def test_callables_of_other_arguments():
+    with pytest.raises(TypeError, match="two arguments: .* too many positio"):
+        keras_vo.VOOptimizer(sensitivity=lambda variables: variables)
+
+
 def test_a_file_without_sensitivities_does_not_fit(tmp_path):
     path = tmp_path / "model.weights.h5"
     model = network(None)

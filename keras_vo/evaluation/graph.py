@@ -28,6 +28,7 @@ from keras_vo.search.chunks import (
     loop,
     sum_over_chunks,
 )
+from keras_vo.tensorflow_compat import is_compiled_by_xla
 
 __all__ = ["Evaluation", "Found", "evaluate"]
 
@@ -142,7 +143,19 @@ def _evaluate_some(
 ) -> Evaluation:
     """Evaluates the members that are wanted, one at least; the losses of
     others are NaN. They have one sign.
+
+    Raises:
+        ValueError: XLA compiles this: its loops and arrays have sizes that are
+            known.
     """
+    if is_compiled_by_xla():
+        raise ValueError(
+            "importance_mixing evaluates the new members of a population, and "
+            "how many they are is not known to XLA. Expected: `minimize` "
+            "eagerly, by an executor, or in a tf.function without jit_compile; "
+            "or `fit` (jit_compile=True in `compile` is no problem). Received: "
+            "a function with jit_compile=True"
+        )
     count = tf.math.count_nonzero(wanted, dtype=tf.int32)
     order = tf.argsort(tf.cast(~wanted, tf.int32), stable=True)
     directions, chunk = tf.maximum(count, 1), source.plan.chunk

@@ -45,11 +45,12 @@ class InputSquares:
     """Sums over a batch of the squared inputs of each row of each kernel.
 
     Known are the inputs of Dense, EinsumDense (so of MultiHeadAttention),
-    Embedding, convolutions, recurrent layers and normalizations, and of those
-    in a TimeDistributed. All other weights (recurrent kernels, those of other
-    layers, LoRA's, of calls in loops) count as biases, whose input is 1. Of
-    convolutions that are grouped, depthwise or transposed, a row is that of
-    its channel; positions that are masked do not count.
+    Embedding, convolutions, recurrent layers and normalizations; in a
+    TimeDistributed those of Dense and convolutions. All other weights
+    (recurrent kernels, those of other layers, LoRA's, of calls in loops) count
+    as biases, whose input is 1. Of convolutions that are grouped, depthwise or
+    transposed, a row is that of its channel; positions that are masked do not
+    count.
 
     Args:
         variables: that are searched over.

@@ -5,8 +5,9 @@ theta', the population that is drawn from theta' answers: it is weighted with
 
     w_n = p(x_n | theta'') / p(x_n | theta'),
 
-as if it were from theta'', where the step had been larger. If the losses with
-these weights are better than without, by a weighted Mann-Whitney test, the
+as if it were from theta'', where the step had been 3 times as large (1.1 times
+says next to nothing: docs/decisions/0044-adaptation-sampling.md). If the losses
+with these weights are better than without, by a weighted Mann-Whitney test, the
 learning rate rises; else it falls back to where it began [1]:
 
     p < 1/2 - 1 / (3 (d + 1)):   eta <- min(1.1 eta, eta_max)

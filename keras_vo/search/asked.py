@@ -66,12 +66,6 @@ def _weighing(
     def asked(
         others: Sequence[Gaussian],
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        if set(populations) != {MEMBER}:
-            raise ValueError(
-                "Expected noise of full rank on all weights, of which members "
-                "have a density under other search distributions. Received: "
-                "noise on activations"
-            )
         losses = pooled[MEMBER].losses
         ratios = _log_ratios(search, populations[MEMBER], others)
         return losses, ~tf.math.is_nan(losses), ratios

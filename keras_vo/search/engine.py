@@ -98,22 +98,11 @@ class Search:
 
     @functools.cached_property
     def mixed(self) -> importance_mixing.Mixed | None:
-        """The population, of which a part is a former one; `None`: no part.
-
-        Raises:
-            ValueError: members have other noise than that of full rank.
-        """
+        """The population, of which a part is a former one; `None`: no part."""
         alpha = self.settings.importance_mixing
         if alpha is None:
             return None
-        layout, state = self.state.gaussian.layout, self.state
-        full = self.perturbations.at(self.perturbations.levels[0]).full
-        if list(full) != list(range(len(layout.shapes))):
-            raise ValueError(
-                "Expected noise of full rank on all weights with "
-                "`importance_mixing`, of which members have a density under "
-                "other search distributions. Received: layers with other noise"
-            )
+        state = self.state
         return importance_mixing.mix(
             state.gaussian,
             (state.base_seed, state.generation),

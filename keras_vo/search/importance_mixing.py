@@ -20,6 +20,9 @@ variance by weight twice as much, and with sensitivities once more. So that none
 is needed any longer than that, each place gets a new member once in as many
 steps, in turn, which is without regard to the member that was there.
 
+Sensitivities that are measured anew exchange the distribution: few members stay
+in that step, once in `sensitivity_period`.
+
 A member without a result is replaced. (If that depends on its weights, those
 that are kept are not distributed as they should be.)
 
