@@ -48,7 +48,7 @@ ROOMS = {
     "member_weights": {"search", "perturbations", "checks"},
     "population": {"member_weights", "checks"},
     "told": {"search"},
-    "technique_checks": {"checks", "search"},
+    "technique_checks": {"checks", "inner_optimizer", "search"},
     "search_rules": {
         "constraints",
         "search",
