@@ -134,6 +134,7 @@ class Measurement:
         for number, (units, positions) in enumerate(sizes):
             jacobian = jacobians.Jacobian(
                 network.in_use,
+                self.variables,
                 network.means,
                 network.inputs,
                 number,

@@ -805,7 +805,7 @@ def test_layers_with_other_noise_are_refused(layer, others):
     more = [keras.layers.Dense(3)] if others else []
     model = keras_vo.VOSequential([keras.Input((4,)), layer(3), *more])
     model.compile(optimizer=search(), loss="mse")
-    said = f"^importance_mixing=0.*'{model.layers[0].name}/kernel'"
+    said = f"^importance_mixing=0.*{model.layers[0].name}/kernel'"
     with pytest.raises(ValueError, match=said):
         model.train_on_batch(*regression())
 

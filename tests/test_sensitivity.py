@@ -509,6 +509,34 @@ def test_no_gradient_is_an_error(function, op, kind, run_eagerly):
     assert "'last'" not in message and "quantizer" in message
 
 
+class InFunction(layers.Layer):
+    """A Dense in a function of TensorFlow, which reads its variables."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    @tf.function(autograph=False)
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+@pytest.mark.parametrize("kind", ["sum", "abs"])
+def test_weights_that_a_function_reads_itself(kind):
+    """They are not those that outputs are differentiated by."""
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(4, name="first")(inputs)
+    model = keras.Model(inputs, InFunction(name="inside")(hidden))
+    with pytest.raises(ValueError) as caught:
+        measured(model, rows(6, 4), rows(6, 4), sensitivity=kind)
+    assert "'inside/dense" in str(caught.value)
+    assert "a tf.function that reads" in str(caught.value)
+    assert "'first'" not in str(caught.value)
+
+
 def counted_up(x):
     """(x, sign(x)) in a loop, then in a function; the sum of both is smooth."""
 

@@ -46,6 +46,14 @@ class DataFlow:
         seen = {_key(t) for t in self._ancestors(tensors)}
         return [_key(source) in seen for source in sources]
 
+    def variables(self, tensors: Sequence[tf.Tensor]) -> set[int]:
+        """Ids of the handles of the variables that `tensors` are read from."""
+        handles = set()
+        for tensor in self._ancestors(tensors):
+            if tensor.dtype == tf.resource:
+                handles.add(id(_outermost(tensor)))
+        return handles
+
     def between(
         self,
         tensors: Sequence[tf.Tensor],
@@ -174,6 +182,17 @@ class DataFlow:
 
 def _key(tensor: tf.Tensor) -> tuple[int, int]:
     return id(tensor.op), tensor.value_index
+
+
+def _outermost(tensor: Any) -> Any:
+    """What a graph in graphs has captured as `tensor`."""
+    while hasattr(tensor, "graph"):
+        graph = tensor.graph
+        captured = {id(own): of for of, own in getattr(graph, "captures", ())}
+        if id(tensor) not in captured:
+            break
+        tensor = captured[id(tensor)]
+    return tensor
 
 
 def _data(node: Any) -> list[str]:

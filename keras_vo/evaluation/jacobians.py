@@ -182,6 +182,7 @@ class Jacobian:
 
     Attributes:
         network: from weights and inputs to all outputs.
+        variables: that the network has the weights in the place of.
         weights: where it is taken.
         inputs: of the batch.
         number: of the output.
@@ -192,6 +193,7 @@ class Jacobian:
     """
 
     network: Network
+    variables: Sequence[Any]
     weights: Sequence[tf.Tensor]
     inputs: Any
     number: int
@@ -218,7 +220,7 @@ class Jacobian:
             tape.watch(own)
             value = of(self.network(own, inputs)[self.number])
         found = tape.gradient(value, own)
-        _check(value, own, found)
+        _check(value, own, found, self.variables)
         parts = [
             tf.zeros([tf.size(w)], self.dtype)
             if gradient is None
@@ -255,12 +257,27 @@ def _is_vectorizable(row: Callable[[tf.Tensor], tf.Tensor], rows: int) -> bool:
     return True
 
 
-def _check(value: tf.Tensor, weights: Sequence[tf.Tensor], found: Any) -> None:
+def _check(
+    value: tf.Tensor,
+    weights: Sequence[tf.Tensor],
+    found: Any,
+    variables: Sequence[Any],
+) -> None:
     """Raises if a gradient is none, or always 0, of weights that matter."""
     if tf.executing_eagerly():
         return
     flow = DataFlow(value.graph)
     reached = flow.reached([value], weights)
+    read = flow.variables([value])
+    around = [
+        i
+        for i, (variable, is_reached) in enumerate(
+            zip(variables, reached, strict=True)
+        )
+        if not is_reached and id(variable.handle) in read
+    ]
+    if around:
+        raise NoGradient(around, ["a tf.function that reads variables itself"])
     smoothly = DataFlow(value.graph, _STEPS).reached([value], weights)
     without = [
         i
