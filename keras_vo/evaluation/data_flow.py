@@ -37,7 +37,7 @@ class DataFlow:
         library = graph.as_graph_def().library.function
         self._functions = {f.signature.name: f for f in library}
         self._without = _OF_SHAPES.union(without)
-        self._found: dict[str, list[set[int]]] = {}
+        self._found: dict[tuple[str, int], set[int]] = {}
 
     def reached(
         self, tensors: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]
@@ -92,28 +92,28 @@ class DataFlow:
         names = _called(node)
         if not all(name in self._functions for name in names) or not names:
             return range(count)
-        functions = [self._arguments(name) for name in names]
         if node.op in _CONDITIONS:
-            return {1 + i for of in functions for i in of[output]}
+            return {
+                1 + i for name in names for i in self._arguments(name, output)
+            }
         if node.op not in _LOOPS:
-            return functions[0][output]
+            return self._arguments(names[0], output)
         found, todo = set(), [output]  # in any number of iterations
         while todo:
             i = todo.pop()
             if i not in found:
                 found.add(i)
-                todo += functions[0][i]
+                todo += self._arguments(names[0], i)
         return found
 
-    def _arguments(self, name: str) -> list[set[int]]:
-        """Which arguments each output of a function is computed by."""
-        if name not in self._found:
+    def _arguments(self, name: str, output: int) -> set[int]:
+        """Which arguments an output of a function is computed by."""
+        key = name, output
+        if key not in self._found:
             function = self._functions[name]
-            self._found[name] = [
-                self._from(function, function.ret[output.name])
-                for output in function.signature.output_arg
-            ]
-        return self._found[name]
+            end = function.ret[function.signature.output_arg[output].name]
+            self._found[key] = self._from(function, end)
+        return self._found[key]
 
     def _from(self, function: Any, tensor: str) -> set[int]:
         """Which arguments a tensor in a function is computed by."""
@@ -174,9 +174,11 @@ class DataFlow:
 
     def _after_some_iterations(self, body: str, own: set[int]) -> set[int]:
         """Variables of a loop that some of them get to."""
-        ways = self._arguments(body)
-        for _ in ways:
-            own = own | {i for i, of in enumerate(ways) if of & own}
+        count = len(self._functions[body].signature.output_arg)
+        for _ in range(count):
+            own = own | {
+                i for i in range(count) if self._arguments(body, i) & own
+            }
         return own
 
 
