@@ -23,7 +23,8 @@ Problems:
     pendulum    a policy 3-16-1, the mean return of 8 episodes of Pendulum-v1
                 with fixed starts; until that of the mean is above -300
 
-Medians over seeds, least and largest; - : not reached.
+Medians over seeds, least and largest; - : not reached, in the problem's
+evaluations or in 15 minutes.
 """
 
 import os
