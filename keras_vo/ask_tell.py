@@ -201,14 +201,13 @@ class AskTell(SearchSteps):
             gaussian = self._gaussian(variables, s)
         else:
             gaussian = self._gaussian_around(*around.center)
-        frame = Frame(
-            tuple(Weight.of(v) for v in variables), self._layout, self.choice
-        )
+        weights = tuple(Weight.of(v) for v in variables)
+        settings = self._layout, self.choice, self.noise_generator
+        frame = Frame(weights, *settings)
         means = [mean.numpy() for mean in gaussian.means]
         log_variance = gaussian.log_variance.numpy()
-        sensitivity = gaussian.sensitivity
-        if sensitivity is not None:
-            sensitivity = sensitivity.numpy()
+        s = gaussian.sensitivity
+        sensitivity = None if s is None else s.numpy()
         size, directions, places = self.population_size, None, None
         if self.importance_mixing is not None:
             mixed = mix(
@@ -217,6 +216,7 @@ class AskTell(SearchSteps):
                 {k: tf.constant(_now(v)) for k, v in self._rule_state.items()},
                 self.importance_mixing,
                 self.memory_budget,
+                self.noise_generator,
             )
             places = np.flatnonzero(mixed.new)
             directions = mixed.members.index.numpy()[places]

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_vo.keras_compat import layers_of
-from keras_vo.search import noise
+from keras_vo.search import seeds
 from keras_vo.search.communicator import Communicator
 
 __all__ = [
@@ -43,10 +43,10 @@ def seed_random_layers(
     states = [v for v in model.variables if id(v) not in weights]
     if not states:
         return
-    seed = noise.generation_seed(base_seed, generation)
+    seed = seeds.generation_seed(base_seed, generation)
     for index, state in enumerate(states):
         # Negative: the population's directions have the indices from 0.
-        own = noise.single_seed(seed, tf.constant(-1 - index, tf.int64))
+        own = seeds.single_seed(seed, tf.constant(-1 - index, tf.int64))
         state.assign(tf.bitcast(own, tf.uint32))
 
 

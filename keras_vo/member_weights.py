@@ -25,6 +25,7 @@ from keras_vo.search import noise as noise_lib
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import MEMBER
 from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.generators import FIRST
 from keras_vo.search.layout import WeightLayout
 
 __all__ = ["Frame", "Weight", "fingerprint", "identity", "maker"]
@@ -65,11 +66,14 @@ class Frame:
         weights: what stands for the variables.
         layout: of them.
         choice: how they are perturbed.
+        generator: name of what draws their noise. Populations that were
+            pickled before there was a choice have the first.
     """
 
     weights: tuple[Weight, ...]
     layout: WeightLayout
     choice: Choice
+    generator: str = FIRST
 
     def perturbations(
         self,
@@ -96,6 +100,7 @@ def maker(frame: Frame) -> Any:
     key = (
         frame.layout,
         frame.choice,
+        frame.generator,
         tuple((w.shape, w.dtype, identity(w)) for w in frame.weights),
     )
     if key not in _makers:
@@ -138,6 +143,7 @@ def _new_maker(frame: Frame) -> Any:
             directions,
             (kinds.noise_size,),
             frame.layout.dtype,
+            generator=frame.generator,
         )
         # Not as an objective of `member`: its scope is for losses.
         return tf.vectorized_map(
@@ -158,7 +164,10 @@ def fingerprint(
     """
     digest = hashlib.blake2b(digest_size=8)
     shapes = [(weight.shape, weight.dtype) for weight in frame.weights]
-    digest.update(repr((shapes, frame.layout.groups, frame.choice)).encode())
+    said: tuple[Any, ...] = shapes, frame.layout.groups, frame.choice
+    if frame.generator != FIRST:
+        said = (*said, frame.generator)
+    digest.update(repr(said).encode())
     for array in (*means, log_variance, *more):
         if array is not None:
             digest.update(np.ascontiguousarray(array).tobytes())

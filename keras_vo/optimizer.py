@@ -27,6 +27,7 @@ from keras_vo.perturbations import registry
 from keras_vo.replicas import cost
 from keras_vo.search.credit import Generation
 from keras_vo.search.state import Settings
+from keras_vo.search_files import BESIDE
 from keras_vo.search_rules import rules_for
 from keras_vo.sensitivity import checked_sensitivity
 from keras_vo.user_steps import PLAIN_MODEL
@@ -281,6 +282,7 @@ class VOOptimizer(Minimize):
             self.chunk_size,
             self.memory_budget,
             self.importance_mixing,
+            self.noise_generator,
         )
 
     def scale_loss(self, loss: Any) -> Any:
@@ -307,7 +309,7 @@ class VOOptimizer(Minimize):
             "convolutions": self.convolutions,
             "credit": self.credit,
             "position_discount": self.position_discount,
-            "rate_by_name": self._rate_by_name,  # the inner one is an object
+            **self.beside_arguments(),
             "examples_population_size": self.examples_population_size,
             "sensitivity": (
                 serialize(self.sensitivity)
@@ -329,16 +331,14 @@ class VOOptimizer(Minimize):
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> VOOptimizer:
         config = dict(config)
-        named = "rate_by_name" in config
-        rate = config.pop("rate_by_name", None)
+        beside = {name: config.pop(name) for name in BESIDE if name in config}
         for key, value in config.items():
             if isinstance(value, dict):
                 config[key] = keras.saving.deserialize_keras_object(
                     value, custom_objects=custom_objects
                 )
         optimizer = cls(**config)
-        if named:
-            optimizer._rate_by_name = rate
+        optimizer.set_beside_arguments(beside, config)
         return optimizer
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NEWER", "named_variables", "restore", "save"]
+from keras_vo.search.generators import FIRST
+
+__all__ = ["NEWER", "named_variables", "noise_generator", "restore", "save"]
 
 # What is kept on request: files and searches may or may not have it.
 _REQUESTED = {"best_loss": float("inf"), "best_weights": 0.0}
@@ -75,6 +77,19 @@ def save(
         store[name] = variable.numpy()
 
 
+def noise_generator(store: Any) -> str:
+    """The name of what drew the noise of a search; empty: there is none."""
+    if _MANIFEST in store.keys():
+        return str(_manifest(store).get("noise"))
+    begun = "0" in store.keys() and np.asarray(store["0"]).any()
+    return FIRST if begun else ""
+
+
+def _manifest(store: Any) -> dict[str, Any]:
+    text = np.asarray(store[_MANIFEST]).astype(np.uint8).tobytes().decode()
+    return dict(json.loads(text))
+
+
 def restore(
     store: Any,
     manifest: Mapping[str, Any],
@@ -95,9 +110,8 @@ def restore(
         file holds no search that has begun.
     """
     values = {name: np.asarray(store[name]) for name in store.keys()}
-    if _MANIFEST in values:
-        text = values.pop(_MANIFEST).astype(np.uint8).tobytes().decode()
-        saved = json.loads(text)
+    if values.pop(_MANIFEST, None) is not None:
+        saved = _manifest(store)
         if not values:
             return []
         expected = {"format": _FORMAT, **manifest}

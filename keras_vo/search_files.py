@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras_vo import saved_search
-from keras_vo.search import noise
+from keras_vo.search.generators import FIRST, GENERATORS, NEWEST
 from keras_vo.search_variables import SearchVariables
 
-__all__ = ["SearchFiles"]
+__all__ = ["BESIDE", "SearchFiles"]
+
+# What configs have beside the arguments.
+BESIDE = ("rate_by_name", "noise_generator")
 
 
 class SearchFiles(SearchVariables):
@@ -18,6 +22,68 @@ class SearchFiles(SearchVariables):
 
     _model_weights: Callable[[], list[Any]] | None = None
     _wrapped = False
+    _retrace: Callable[[], None] | None = None
+    _noise_generator = NEWEST
+
+    @property
+    def noise_generator(self) -> str:
+        """The name of what draws the noise: the newest one's, or that which a
+        search that is loaded from files of Keras had (see
+        `keras_vo.search.generators`). It can be set before `build`.
+
+        Raises:
+            ValueError: there is none of that name, or the optimizer is built.
+        """
+        return self._noise_generator
+
+    @noise_generator.setter
+    def noise_generator(self, name: str) -> None:
+        if self.built:
+            raise ValueError(
+                "Expected a noise generator that is set before the optimizer "
+                f"is built. Received: {name!r} when it was"
+            )
+        if name not in GENERATORS:
+            raise ValueError(
+                f"Expected a noise generator, one of {sorted(GENERATORS)}. "
+                f"Received: {name!r}"
+            )
+        self._noise_generator = name
+
+    def beside_arguments(self) -> dict[str, Any]:
+        """What there is in configs under the names `BESIDE`."""
+        return {
+            "rate_by_name": self._rate_by_name,  # the inner one is an object
+            "noise_generator": self.noise_generator,
+        }
+
+    def set_beside_arguments(
+        self, beside: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> None:
+        """Takes it from a config, as far as it has it.
+
+        Args:
+            beside: of `BESIDE`.
+            arguments: what else the config has: all arguments, unless it was
+                written by hand.
+        """
+        if "rate_by_name" in beside:
+            self._rate_by_name = beside["rate_by_name"]
+        # Files had none as long as there was one generator.
+        former = FIRST if "memory_budget" in arguments else NEWEST
+        self.noise_generator = beside.get("noise_generator", former)
+
+    def _draw_by(self, name: str) -> None:
+        """Goes on with the noise of another generator."""
+        if name == self._noise_generator:
+            return
+        self._noise_generator = name
+        if self.built:
+            self._settings = dataclasses.replace(
+                self._settings, noise_generator=name
+            )
+        if self._retrace is not None:
+            self._retrace()  # its steps draw by the former one
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the search, unless what wraps this optimizer does."""
@@ -41,6 +107,7 @@ class SearchFiles(SearchVariables):
             model: whose `optimizer` is this one, or wraps it.
         """
         self._model_weights = lambda: model.weights
+        self._retrace = lambda: setattr(model, "train_function", None)
         wrapper = model.optimizer
         if wrapper is not self:
             self._wrapped = True
@@ -53,7 +120,13 @@ class SearchFiles(SearchVariables):
         saved_search.save(store, self._manifest(), variables)
 
     def read_search(self, store: Any) -> None:
-        """Restores the search; where it does not fit, warns and leaves it."""
+        """Restores the search, with the generator of its noise; where it does
+        not fit, warns and leaves it.
+        """
+        here = self.noise_generator
+        there = saved_search.noise_generator(store)
+        if there in GENERATORS:
+            self._draw_by(there)
         if self.built:
             newer = [
                 id(variable)
@@ -67,6 +140,7 @@ class SearchFiles(SearchVariables):
         else:
             problems = saved_search.restore(store, self._manifest(), {}, [])
         if problems:
+            self._draw_by(here)
             warnings.warn(
                 "The weights are loaded, but not the state of the search, "
                 f"which does not fit: {'; '.join(problems)}. A new search "
@@ -90,7 +164,7 @@ class SearchFiles(SearchVariables):
 
     def _manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = {
-            "noise": noise.GENERATOR,
+            "noise": self.noise_generator,
             "inner_optimizer": type(self.inner_optimizer).__name__,
             "variance": self.search_distribution.variance,
         }

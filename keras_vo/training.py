@@ -28,7 +28,7 @@ from keras_vo.replicas import strategies
 from keras_vo.replicas.communicator import current_replicas
 from keras_vo.replicas.model import with_callback
 from keras_vo.search.credit import EXAMPLE, Generation
-from keras_vo.search.noise import generation_seed
+from keras_vo.search.seeds import generation_seed
 from keras_vo.step_functions import StepFunctions, scalar_losses
 
 __all__ = ["VOTrainStep"]

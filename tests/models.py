@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import keras_vo
 from keras_vo.search import noise
+from keras_vo.search.generators import NEWEST
 
 FEATURES, CLASSES = 4, 3
 KERAS_3_10 = keras.__version__.startswith("3.10.")  # the oldest, TF 2.18
@@ -146,7 +147,13 @@ def zero_one_error(y_true, y_pred):
 
 
 def draw_noise(
-    seed, generation, directions, shape, dtype=tf.float64, stream=None
+    seed,
+    generation,
+    directions,
+    shape,
+    dtype=tf.float64,
+    stream=None,
+    generator=NEWEST,
 ):
     """The noise of directions of a generation, as a search draws it.
 
@@ -157,6 +164,7 @@ def draw_noise(
         shape: of the noise of one.
         dtype: of the noise.
         stream: `None`: noise of weights; else of that call's activations.
+        generator: the name of what draws it.
 
     Returns:
         A NumPy array [directions, *shape].
@@ -171,6 +179,7 @@ def draw_noise(
         tuple(shape),
         dtype,
         stream,
+        generator,
     ).numpy()
 
 

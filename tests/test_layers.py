@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo.search import noise
+from keras_vo.search import seeds
 
 layers = keras.layers
 
@@ -203,9 +203,9 @@ def test_an_optimizer_of_another_model():
 
 
 def test_noise_of_random_layers_is_not_that_of_the_population():
-    seed = noise.generation_seed(tf.constant(0), tf.constant(0))
+    seed = seeds.generation_seed(tf.constant(0), tf.constant(0))
     draws = [
-        noise.single_seed(seed, tf.constant(i, tf.int64)).numpy()
+        seeds.single_seed(seed, tf.constant(i, tf.int64)).numpy()
         for i in range(-3, 3)
     ]
     assert len({d.tobytes() for d in draws}) == 6

@@ -45,7 +45,7 @@ class Isolation:
 
     Args:
         variables: those that are searched over.
-        seed: of the generation, see `noise.generation_seed`, if the objective
+        seed: of the generation, see `seeds.generation_seed`, if the objective
             is a model's: it reads the variables. `None`: it is given the
             weights, and draws as it likes.
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_vo.evaluation.effects import is_random
-from keras_vo.search import noise
+from keras_vo.search import seeds
 from keras_vo.tensorflow_compat import called_for_each_op
 
 __all__ = ["PythonRandomness", "common_random_numbers"]
@@ -66,7 +66,7 @@ def common_random_numbers(seed: tf.Tensor, left: set[str]) -> Iterator[None]:
     """A scope in whose graph random ops draw from a seed.
 
     Args:
-        seed: of the generation, as `noise.generation_seed` makes it.
+        seed: of the generation, as `seeds.generation_seed` makes it.
         left: a set, to which the types of ops are added that go on drawing
             other numbers for each member: those in the body of a loop (one op
             of a graph, which would draw the same in each round), and those
@@ -93,7 +93,7 @@ def common_random_numbers(seed: tf.Tensor, left: set[str]) -> Iterator[None]:
         drawn += 1
         result = _DRAWS[op_type](
             *inputs,
-            seed=noise.single_seed(seed, index),
+            seed=seeds.single_seed(seed, index),
             dtype=outputs[0].dtype,
         )
         result.set_shape(outputs[0].shape)
@@ -117,7 +117,7 @@ class PythonRandomness:
     def seed(self) -> tf.Tensor:
         """An op that lets them draw the same in each member."""
         index = tf.constant(_OF_PYTHON, tf.int64)
-        return _called(self._push, noise.single_seed(self._seed, index)[0])
+        return _called(self._push, seeds.single_seed(self._seed, index)[0])
 
     def restore(self) -> tf.Tensor:
         """An op that lets them go on from where they were before `seed`."""

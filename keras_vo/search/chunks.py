@@ -178,6 +178,7 @@ class NoiseSource:
             self.dtype,
             # A number of Python would be traced anew for each stream.
             None if stream is None else tf.constant(stream, tf.int64),
+            generator=self.members.generator,
         )
 
     def specs(self) -> Noise:

@@ -94,6 +94,7 @@ class Search:
             self.state.generation,
             size * replicas,
             self.settings.antithetic,
+            self.settings.noise_generator,
         )
 
     @functools.cached_property
@@ -109,6 +110,7 @@ class Search:
             state.rules,
             alpha,
             self.settings.memory_budget,
+            self.settings.noise_generator,
         )
 
     def step(self, evaluator: Evaluator, move_mean: MoveMean) -> Report:

@@ -50,22 +50,17 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_vo.search import credit
-from keras_vo.search.chunks import ChunkPlan, NoiseSource
+from keras_vo.search.drawing import Drawing
 from keras_vo.search.former_members import Ring
 from keras_vo.search.gaussian import Gaussian, around, kl_divergence
 from keras_vo.search.layout import WeightLayout
 from keras_vo.search.members import Members
-from keras_vo.search.noise import draw_uniform
 from keras_vo.search.rules import State
 
 __all__ = ["Mixed", "Mixing", "kept_share", "mix"]
 
 # Candidates for each place, at most; then one is taken as it is.
 _TRIES = 64
-# The first stream of uniform numbers; noise on activations has those from 0.
-_DECISIONS = 2**31
-_SIGNS = (1.0,)
 
 
 class Mixing(NamedTuple):
@@ -134,61 +129,13 @@ def kept_share(divergence: tf.Tensor, alpha: float) -> tf.Tensor:
     return phi(-d / 2 + shift) + (1 - alpha) * phi(-d / 2 - shift)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawing:
-    """How noise of members of a generation is gone through.
-
-    Attributes:
-        base_seed: of the search.
-        generation: that of now.
-        layout: of the weights.
-        memory_budget: bytes of noise.
-    """
-
-    base_seed: tf.Tensor
-    generation: tf.Tensor
-    layout: WeightLayout
-    memory_budget: int
-
-    def log_ratios(
-        self,
-        members: Members,
-        p: Gaussian,
-        other: Gaussian,
-        express: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None,
-    ) -> tf.Tensor:
-        """log other(x) - log p(x) of members x of p, [N] float64."""
-        dtype, size = self.layout.dtype, self.layout.size
-        plan = ChunkPlan.make(
-            members.directions, 1, size * dtype.size, self.memory_budget, None
-        )
-        source = NoiseSource(plan, members, size, dtype, express=express)
-        found = credit.each(
-            functools.partial(credit.reduce_noise, source),
-            lambda noise: p.log_ratios(noise.weights, _SIGNS, other)[0],
-            members.directions,
-        )
-        return tf.cast(found, tf.float64)
-
-    def uniform(self, size: int, number: tf.Tensor | int) -> tf.Tensor:
-        """Those of the `number`-th decisions on so many members, float64."""
-        stream = _DECISIONS + tf.cast(number, tf.int64)
-        return draw_uniform(self.base_seed, self.generation, size, stream)
-
-    def new(self, index: tf.Tensor) -> Members:
-        """Members of this generation."""
-        generation = tf.fill(tf.shape(index), self.generation)
-        generation = tf.ensure_shape(generation, index.shape)
-        size = int(index.shape[0])
-        return Members(self.base_seed, generation, index, _SIGNS, size)
-
-
 def mix(
     gaussian: Gaussian,
     seeds: tuple[tf.Tensor, tf.Tensor],
     state: State,
     alpha: float,
     memory_budget: int,
+    generator: str,
 ) -> Mixed:
     """The population of this step, of which a part is that of the last one.
 
@@ -198,11 +145,13 @@ def mix(
         state: of `FormerMembers`.
         alpha: the least share that is drawn anew.
         memory_budget: bytes of noise that are there at once.
+        generator: name of what draws it.
     """
     own = {k: v for k, v in state.items() if k.startswith("mixing_")}
     base_seed, generation = (tf.cast(seed, tf.int64) for seed in seeds)
     size = int(own["mixing_losses"].shape[0])
-    mixture = _mixture(gaussian.layout, size, alpha, memory_budget)
+    fixed = size, alpha, memory_budget, generator
+    mixture = _mixture(gaussian.layout, *fixed)
     table, losses, mixing = mixture(
         gaussian.mean,
         gaussian.log_variance,
@@ -211,13 +160,9 @@ def mix(
         generation,
         own,
     )
-    members = Members(
-        base_seed,
-        table["generation"],
-        table["index"],
-        _SIGNS,
-        size,
-        table["origin"],
+    drawing = Drawing(base_seed, generation, gaussian.layout, *fixed[2:])
+    members = drawing.members(
+        table["generation"], table["index"], table["origin"]
     )
     ring = Ring.of(gaussian.layout, own)
     express = functools.partial(ring.express, gaussian)
@@ -226,7 +171,11 @@ def mix(
 
 @functools.lru_cache(maxsize=8)
 def _mixture(
-    layout: WeightLayout, size: int, alpha: float, memory_budget: int
+    layout: WeightLayout,
+    size: int,
+    alpha: float,
+    memory_budget: int,
+    generator: str,
 ) -> Any:
     """What `mix` does for populations of so many members, compiled."""
 
@@ -239,7 +188,8 @@ def _mixture(
         generation: tf.Tensor,
         state: dict[str, tf.Tensor],
     ) -> tuple[dict[str, tf.Tensor], tf.Tensor, Mixing]:
-        drawing = _Drawing(base_seed, generation, layout, memory_budget)
+        seeds = base_seed, generation
+        drawing = Drawing(*seeds, layout, memory_budget, generator)
         gaussian = around(layout, mean, log_variance, sensitivity)
         return _mixed(drawing, gaussian, state, size, alpha)
 
@@ -247,7 +197,7 @@ def _mixture(
 
 
 def _mixed(
-    drawing: _Drawing,
+    drawing: Drawing,
     gaussian: Gaussian,
     state: State,
     size: int,
@@ -261,12 +211,9 @@ def _mixed(
     places = tf.range(size, dtype=tf.int64)
     known = ~tf.math.is_nan(losses) & begun
     tested = known & (tf.math.floormod(steps + places, life) != 0)
-    former = Members(
-        drawing.base_seed,
+    former = drawing.members(
         state["mixing_generation"],
         state["mixing_index"],
-        _SIGNS,
-        size,
         state["mixing_origin"],
     )
     express = functools.partial(ring.express, last)
@@ -298,7 +245,7 @@ def _mixed(
 
 
 def _taken(
-    drawing: _Drawing,
+    drawing: Drawing,
     gaussian: Gaussian,
     last: Gaussian,
     alpha: float,

@@ -19,6 +19,8 @@ import dataclasses
 
 import tensorflow as tf
 
+from keras_vo.search.generators import NEWEST
+
 __all__ = ["Members", "Shard"]
 
 
@@ -93,6 +95,7 @@ class Members:
         origin: the place, in `importance_mixing.Ring`, of the search
             distribution that each direction was drawn from, [D] int64; -1: it
             is that of now. `None`: so are all.
+        generator: name of what draws their noise.
     """
 
     base_seed: tf.Tensor
@@ -101,6 +104,7 @@ class Members:
     signs: tuple[float, ...]
     total: int
     origin: tf.Tensor | None = None
+    generator: str = NEWEST
 
     @classmethod
     def of_generation(
@@ -109,13 +113,15 @@ class Members:
         generation: tf.Tensor,
         population_size: int,
         antithetic: bool,
+        generator: str = NEWEST,
     ) -> Members:
         """The members of a new generation."""
         signs = (1.0, -1.0) if antithetic else (1.0,)
         index = tf.range(population_size // len(signs), dtype=tf.int64)
         generation = tf.fill(index.shape, tf.cast(generation, tf.int64))
         seed = tf.cast(base_seed, tf.int64)
-        return cls(seed, generation, index, signs, int(index.shape[0]))
+        total = int(index.shape[0])
+        return cls(seed, generation, index, signs, total, generator=generator)
 
     @property
     def directions(self) -> int:

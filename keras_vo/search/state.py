@@ -13,6 +13,7 @@ from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import Outcomes, Pooled, Rows, Shaping, all_losses
 from keras_vo.search.estimators import Direction
 from keras_vo.search.gaussian import Gaussian
+from keras_vo.search.generators import NEWEST
 from keras_vo.search.members import Members
 from keras_vo.search.rules import Proposal, Rule, State
 
@@ -99,6 +100,7 @@ class Settings:
         memory_budget: bytes, see `ChunkPlan`.
         importance_mixing: see `keras_vo.search.importance_mixing`; `None`: all
             members are new.
+        noise_generator: name of what draws the noise.
     """
 
     population_size: int
@@ -112,6 +114,7 @@ class Settings:
     chunk_size: int | None
     memory_budget: int
     importance_mixing: float | None = None
+    noise_generator: str = NEWEST
 
 
 class SearchState(NamedTuple):
