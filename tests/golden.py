@@ -33,6 +33,7 @@ import tensorflow as tf
 
 import keras_vo
 from keras_vo.layers import LocalReparamDense, LowRankDense
+from keras_vo.search.generators import FIRST
 
 Arrays = dict[str, np.ndarray]
 
@@ -234,6 +235,7 @@ def make_optimizer(
     inner: Callable[[], Any] = adam,
     structure: str = "layerwise",
     distribution: dict[str, Any] | None = None,
+    noise_generator: str | None = None,
     **arguments: Any,
 ) -> keras_vo.VOOptimizer:
     """Little that a trajectory depends on is left to the defaults."""
@@ -245,13 +247,16 @@ def make_optimizer(
     } | arguments
     size = arguments["population_size"]
     arguments.setdefault("examples_population_size", size)
-    return keras_vo.VOOptimizer(
+    optimizer = keras_vo.VOOptimizer(
         inner(),
         search_distribution=keras_vo.GaussianSearchDistribution(
             structure, **settings
         ),
         **arguments,
     )
+    if noise_generator is not None:
+        optimizer.noise_generator = noise_generator
+    return optimizer
 
 
 def by_default(
@@ -511,6 +516,14 @@ model(
     fitness_shaping="nes",
     **INDEPENDENT,
 )
+# As the only version with one generator drew, whose numbers are stored.
+model(
+    "first-generator",
+    structure="separable",
+    fitness_shaping="nes",
+    noise_generator=FIRST,
+    **INDEPENDENT,
+)
 model("full-identity", fitness_shaping="identity", inner=sgd, **EXTRA)
 model("full-callable-plain", fitness_shaping=squashed, inner=sgd, **PLAIN)
 model("full-max-kl", max_kl=0.02, structure="separable")
@@ -569,6 +582,14 @@ model(
     **EXTRA,
 )
 model("local-masked", masked, sequences, structure="separable", **INDEPENDENT)
+model(
+    "first-generator-local",
+    masked,
+    sequences,
+    structure="separable",
+    noise_generator=FIRST,
+    **INDEPENDENT,
+)
 model("mixed-layerwise", mixed, fitness_shaping="identity", **EXTRA)
 model("mixed-isotropic", mixed, structure="isotropic", **INDEPENDENT, **EXTRA)
 model(

@@ -262,7 +262,7 @@ def all_kinds(structure, **optimizer):
             population_size=MEMBERS,
             search_distribution=distribution(structure, 0.3, 1e-4),
             fitness_shaping="identity",
-            seed=2,
+            seed=1002,
             **optimizer,
         ),
         loss=linear_and_quadratic,
@@ -449,8 +449,7 @@ def compiled(layers, stddev, inputs, **optimizer):
             keras.optimizers.SGD(0.1),
             population_size=8,
             search_distribution=distribution("layerwise", stddev, 0.1),
-            seed=3,
-            **optimizer,
+            **{"seed": 3, **optimizer},
         ),
         loss="mse",
     )
@@ -499,6 +498,7 @@ def test_what_is_masked_does_not_count(kind):
         0.3,
         keras.Input((3, 4)),
         fitness_shaping="identity",
+        seed=1003,
     )
     rewind = models.rewinder(model)
     x, y = sequences()

@@ -8,6 +8,8 @@ import pytest
 
 NAMES = [
     "full-separable",
+    "first-generator",
+    "first-generator-local",
     "local-masked",
     "mixed-separable-max-kl",
     "follow-mean-isotropic-max-kl",

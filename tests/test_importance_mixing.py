@@ -16,6 +16,7 @@ from keras_vo.search import importance_mixing, layout
 from keras_vo.search import noise as noise_lib
 from keras_vo.search.former_members import FormerMembers, Ring
 from keras_vo.search.gaussian import around
+from keras_vo.search.generators import NEWEST
 from keras_vo.search.importance_mixing import kept_share
 from keras_vo.search.rules import Step
 
@@ -111,6 +112,7 @@ class Chain:
             self.state,
             self.alpha,
             2**26,
+            NEWEST,
         )
         members = mixed.members
         noise = noise_lib.draw_noise(

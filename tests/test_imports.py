@@ -24,7 +24,13 @@ ROOMS = {
     "checks": {"search"},
     "constraints": {"search"},
     "precision": {"checks"},
-    "perturbations": {"search", "keras_compat", "checks", "constraints"},
+    "perturbations": {
+        "search",
+        "keras_compat",
+        "tensorflow_compat",
+        "checks",
+        "constraints",
+    },
     "evaluation": {
         "search",
         "perturbations",
@@ -40,7 +46,7 @@ ROOMS = {
     "layers": {"perturbations", "keras_compat", "checks"},
     "distribution": {"replicas"},
     "exchange": {"replicas"},
-    "saved_search": set(),
+    "saved_search": {"search"},
     "layer_state": {"search", "keras_compat"},
     "pretrained": {"keras_compat"},
     "user_steps": set(),

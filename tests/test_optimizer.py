@@ -93,7 +93,7 @@ def fixed_noise(monkeypatch):
     def use(rows):
         in_turn = iter(rows)
 
-        def draw(base_seed, generation, index, shape, dtype, stream):
+        def draw(base_seed, generation, index, shape, dtype, stream, **_):
             del base_seed, generation, index, stream
             values = np.reshape(next(in_turn), [-1, *shape])
             return tf.constant(values, dtype)

@@ -208,6 +208,7 @@ def test_less_variance_where_no_position_sees_another():
             x,
             loss=squared_error,
             credit=credit,
+            seed=1005,
         )
         return [local.gradients(model, x, y)[0] for _ in range(60)]
 

@@ -32,6 +32,7 @@ from keras_vo.search.signal_to_noise import Probe
 
 if TYPE_CHECKING:
     from keras_vo.perturbations.scope import Evaluation, Recording
+    from keras_vo.perturbations.shared_inputs import Terms
 
 __all__ = [
     "Perturbation",
@@ -191,6 +192,15 @@ class Perturbation:
             sign: +1, or -1 for the mirrored member.
         """
         return {}, None
+
+    def terms(self, state: Any) -> Mapping[int, Terms]:
+        """What the weights of a member are sums of, by index, where they are:
+        see `keras_vo.perturbations.shared_inputs`.
+
+        Args:
+            state: from `member`.
+        """
+        return {}
 
     def call(self, call: LayerCall, state: Any, evaluation: Evaluation) -> Any:
         """The layer's outputs in a member's pass.

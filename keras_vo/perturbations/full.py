@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_vo.perturbations.base import Perturbation, Space, VariableGradient
+from keras_vo.perturbations.shared_inputs import Terms
 from keras_vo.search import estimators
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import Rows
@@ -36,9 +37,12 @@ class Full(Perturbation):
         self._adapts = space.adapts
         self._sizes = gaussian.layout.sizes
         self._layout = gaussian.layout.select(self.variables)
-        self._mean = self._layout.flatten(
-            [gaussian.means[i] for i in self.variables]
-        )
+        dtype = self._layout.dtype
+        self._means = {
+            i: tf.cast(tf.convert_to_tensor(gaussian.means[i]), dtype)
+            for i in self.variables
+        }
+        self._last: tuple[tf.Tensor, dict[int, Terms]] | None = None
         self._stddev = self._expanded(
             [gaussian.tensor_stddevs[i] for i in self.variables]
         )
@@ -57,10 +61,36 @@ class Full(Perturbation):
     def member(
         self, noise: Noise, sign: float
     ) -> tuple[Mapping[int, tf.Tensor], Any]:
-        perturbed = self._layout.unflatten(
-            self._mean + sign * self._stddev * noise.weights
-        )
-        return dict(zip(self.variables, perturbed, strict=True)), None
+        terms = {
+            i: part._replace(factor=sign * part.factor)
+            for i, part in self._terms_of(noise.weights).items()
+        }
+        return {i: self._sum(i, of) for i, of in terms.items()}, terms
+
+    def terms(self, state: Any) -> Mapping[int, Terms]:
+        return dict(state)
+
+    def _terms_of(self, noise: tf.Tensor) -> dict[int, Terms]:
+        """Of the weights of a direction's first member, by index; the same
+        tensors for its second.
+        """
+        if self._last is None or self._last[0] is not noise:
+            terms = {}
+            parts = self._layout.split(noise)
+            for i, part in zip(self.variables, parts, strict=True):
+                mean = self._means[i]
+                part = tf.reshape(part, mean.shape)
+                factor = self._gaussian.tensor_stddevs[i]
+                if factor.shape.rank:
+                    part, factor = factor * part, tf.ones([], part.dtype)
+                terms[i] = Terms(mean, factor, part, {})
+            self._last = noise, terms
+        return self._last[1]
+
+    def _sum(self, index: int, of: Terms) -> tf.Tensor:
+        """A member's weights, in the dtype of the variable."""
+        dtype = self._gaussian.layout.dtypes[index]
+        return tf.cast(of.mean + of.factor * of.noise, dtype)
 
     def sums(
         self, noise: Noise, records: Any, rows: Rows

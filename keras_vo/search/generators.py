@@ -20,7 +20,7 @@ of independent normals. (The bytes themselves have a kurtosis of 1.8, and so
 would projections of z on a row of H, which estimates for sigma see.)
 
 Up to the factor 1 / (8 s) all of it is exact in float32, in whatever order sums
-are taken: y / 8 is an integer, and sums of more than 2^24 are 15 standard
+are taken: y / 8 is an integer, and sums of more than 2^24 are 14 standard
 deviations away. So the noise is the same, bit by bit, with XLA and without, on
 CPUs and GPUs; and that in float64 differs by a rounding.
 
