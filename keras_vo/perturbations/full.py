@@ -62,10 +62,12 @@ class Full(Perturbation):
         self, noise: Noise, sign: float
     ) -> tuple[Mapping[int, tf.Tensor], Any]:
         terms = {
-            i: part._replace(factor=sign * part.factor)
-            for i, part in self._terms_of(noise.weights).items()
+            i: of._replace(sign=sign)
+            for i, of in self._terms_of(noise.weights).items()
         }
-        return {i: self._sum(i, of) for i, of in terms.items()}, terms
+        dtypes = self._gaussian.layout.dtypes
+        weights = {i: tf.cast(of.sum(), dtypes[i]) for i, of in terms.items()}
+        return weights, terms
 
     def terms(self, state: Any) -> Mapping[int, Terms]:
         return dict(state)
@@ -80,17 +82,12 @@ class Full(Perturbation):
             for i, part in zip(self.variables, parts, strict=True):
                 mean = self._means[i]
                 part = tf.reshape(part, mean.shape)
-                factor = self._gaussian.tensor_stddevs[i]
-                if factor.shape.rank:
-                    part, factor = factor * part, tf.ones([], part.dtype)
-                terms[i] = Terms(mean, factor, part, {})
+                stddev = self._gaussian.tensor_stddevs[i]
+                if stddev.shape.rank:
+                    part, stddev = stddev * part, tf.ones([], part.dtype)
+                terms[i] = Terms(mean, 1.0, stddev, part, {})
             self._last = noise, terms
         return self._last[1]
-
-    def _sum(self, index: int, of: Terms) -> tf.Tensor:
-        """A member's weights, in the dtype of the variable."""
-        dtype = self._gaussian.layout.dtypes[index]
-        return tf.cast(of.mean + of.factor * of.noise, dtype)
 
     def sums(
         self, noise: Noise, records: Any, rows: Rows

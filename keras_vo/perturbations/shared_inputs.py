@@ -3,11 +3,11 @@
 The inputs of a network's first layer are the same for all members. With weights
 W = M + s sigma Z, of the noise Z of a direction and the sign s of a member,
 
-    x W = x M + s sigma (x Z)
+    x W = x M + s (sigma x) Z
 
-has x M once for all members and x Z once for both of a pair, as one product of
-all directions, and no member's W is formed. The members' weights are the same,
-so are the losses, to rounding.
+has x M once for all members and (sigma x) Z once for both of a pair, as one
+product of all directions, and no member's W is formed. The members' weights are
+the same, so are the losses, to rounding.
 """
 
 from __future__ import annotations
@@ -25,20 +25,38 @@ __all__ = ["Terms", "products_by_terms"]
 
 
 class Terms(NamedTuple):
-    """What a member's weights are the sum of, mean + factor noise.
+    """What a member's weights are the sum of, mean + sign stddev noise.
 
     Attributes:
         mean: M, of all members.
-        factor: s sigma, a scalar.
+        sign: s, a number or a scalar.
+        stddev: sigma, a scalar.
         noise: Z, of the direction.
-        products: x Z of both members of the direction, by the ids of x and Z;
-            filled by use.
+        products: by the id of x, (sigma x) Z of the direction, and x; filled by
+            use, for both members.
     """
 
     mean: tf.Tensor
-    factor: tf.Tensor
+    sign: Any
+    stddev: tf.Tensor
     noise: tf.Tensor
-    products: dict[tuple[int, int], tuple[tf.Tensor, tf.Tensor]]
+    products: dict[int, tuple[tf.Tensor, tf.Tensor]]
+
+    def sum(self) -> tf.Tensor:
+        """The member's weights."""
+        return self.mean + self.sign * self.stddev * self.noise
+
+    def product(self, x: tf.Tensor) -> tf.Tensor:
+        """x times them, for x of all members."""
+        if id(x) not in self.products:
+            # Two more axes: TensorFlow's vectorized form of a product of
+            # matrices would transpose the noise of all directions.
+            of_noise = tf.matmul((self.stddev * x)[None], self.noise[None])[0]
+            self.products[id(x)] = of_noise, x  # which lives as long as its id
+        of_noise, shared = self.products[id(x)][0], tf.matmul(x, self.mean)
+        if isinstance(self.sign, float) and abs(self.sign) == 1:
+            return shared + of_noise if self.sign > 0 else shared - of_noise
+        return shared + self.sign * of_noise
 
 
 @contextlib.contextmanager
@@ -68,19 +86,7 @@ def products_by_terms(
         of = by_id.get(id(weights))
         if of is None or transposed or graph_ops.depends(x, sources):
             return None
-        result = tf.matmul(x, of.mean) + of.factor * _noise_product(x, of)
-        return [tf.ensure_shape(result, outputs[0].shape)]
+        return [tf.ensure_shape(of.product(x), outputs[0].shape)]
 
     with called_for_each_op(product):
         yield
-
-
-def _noise_product(x: tf.Tensor, of: Terms) -> tf.Tensor:
-    """x Z, made once for both members."""
-    key = id(x), id(of.noise)
-    if key not in of.products:
-        # Two more axes: TensorFlow's vectorized form of a product of matrices
-        # would transpose the noise of all directions.
-        result = tf.matmul(x[None], of.noise[None])[0]
-        of.products[key] = result, x  # which lives as long as its id
-    return of.products[key][0]
