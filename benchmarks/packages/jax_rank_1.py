@@ -40,15 +40,16 @@ def make_step(cell):
             )
             for i, (w, _) in enumerate(mean)
         ]
-        plus, minus = (
-            jax.vmap(lambda z: cross_entropy(logits(mean, z, s), y))(noise)
-            for s in (1.0, -1.0)
-        )
+
+        def losses(sign):
+            return jax.vmap(lambda z: cross_entropy(logits(mean, z, sign), y))(
+                noise
+            )
+
+        plus, minus = losses(1.0), losses(-1.0)
         u = ranks(jnp.concatenate([plus, minus]))
         u = (u[:pairs] - u[pairs:]) / (2 * pairs)
-        gradient = [
-            ((a * u[:, None]).T @ b, u @ c) for a, b, c in noise
-        ]
+        gradient = [((a * u[:, None]).T @ b, u @ c) for a, b, c in noise]
         update, state = adam.update(gradient, state)
         value = cross_entropy(logits(mean, None, 0.0), y)
         return optax.apply_updates(mean, update), state, keys[0], value

@@ -1,4 +1,4 @@
-"""keras_vo through `train_on_batch`, with its defaults and noise of full rank."""
+"""keras_vo through `train_on_batch`, with noise of full rank."""
 
 import os
 
@@ -11,12 +11,10 @@ import keras_vo
 
 def make_step(cell, perturbation="full"):
     """A step; it returns the loss of the mean."""
-    layers = [
-        keras.layers.Dense(units, activation="relu")
-        for units in cell.units[1:-1]
-    ]
+    inputs, *hidden, outputs = cell.units
+    layers = [keras.layers.Dense(m, activation="relu") for m in hidden]
     model = keras_vo.VOSequential(
-        [keras.Input(cell.units[:1]), *layers, keras.layers.Dense(cell.units[-1])]
+        [keras.Input([inputs]), *layers, keras.layers.Dense(outputs)]
     )
     model.set_weights([w for layer in cell.weights() for w in layer])
     model.compile(

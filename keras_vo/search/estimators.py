@@ -84,12 +84,13 @@ def weighted_noise(noise: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
 def weighted_excess(
     noise: tf.Tensor, weights: tf.Tensor, layout: WeightLayout
 ) -> tf.Tensor:
-    """sum_n b_n (|z_ng|^2 - D_g): noise [n, d], weights [n] to [groups]."""
-    sizes = tf.ones([], noise.dtype)
-    if layout.groups is not None:
-        sizes = tf.cast(tf.constant(layout.group_sizes), noise.dtype)
-    excess = layout.group_sums(tf.square(noise)) - sizes
-    return tf.linalg.matvec(excess, weights, transpose_a=True)
+    """sum_n b_n (|z_ng|^2 - D_g): noise [n, d], weights [n] to [groups].
+
+    By weight first, so that noise is gone through once.
+    """
+    squares = tf.linalg.matvec(tf.square(noise), weights, transpose_a=True)
+    excess = squares - tf.reduce_sum(weights)
+    return layout.group_sums(excess[None])[0]
 
 
 def mean_gradient(
