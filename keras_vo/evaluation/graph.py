@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_vo import interrupts
+from keras_vo.evaluation.forward_only import values_alone
 from keras_vo.evaluation.isolation import Isolation
 from keras_vo.evaluation.vectorized import compiled
 from keras_vo.search.chunks import (
@@ -114,7 +115,7 @@ def evaluate(
     def both_signs(noise: Noise, row: int | None = None) -> Found:
         outcomes: list[Found] = []
         for sign in signs:
-            with _member_named(source, row, sign):
+            with _member_named(source, row, sign), values_alone():
                 found = isolation.run(member, noise, sign, after=outcomes)
             outcomes.append(Found(*found))
         return tf.nest.map_structure(_stacked, *outcomes)
