@@ -191,6 +191,26 @@ def test_an_objective_of_minimize(jit_compile):
     np.testing.assert_allclose(found, steps(lambda f: f), rtol=1e-4, atol=1e-6)
 
 
+def test_weights_of_two_precisions():
+    """Noise is in float64: float32 weights are rounded."""
+    x = tf.random.stateless_normal([7, 3], [0, 1])
+
+    def objective(weights):
+        hidden = tf.cast(tf.tanh(x @ weights[0]), tf.float64)
+        return tf.reduce_sum((hidden @ weights[1] - 1.0) ** 2)
+
+    def steps(wrap):
+        w = [tf.Variable(np.full((3, 2), 0.1, "float32"))]
+        w.append(tf.Variable(np.full((2, 1), 0.1)))
+        optimizer = keras_vo.VOOptimizer(population_size=16, seed=1)
+        optimizer.build(w)
+        step = wrap(lambda: optimizer.minimize(objective, w))
+        return [float(step()) for _ in range(3)]
+
+    found = steps(lambda f: tf.function(f))
+    np.testing.assert_allclose(found, steps(lambda f: f), rtol=1e-5)
+
+
 def test_an_empty_batch():
     model = dense()
     model.compile(

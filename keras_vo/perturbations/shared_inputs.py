@@ -68,14 +68,19 @@ def products_by_terms(
     In the graph of members that are vectorized; elsewhere it does nothing.
 
     Args:
-        terms: of weights, matrices, each with what it is the sum of.
+        terms: of weights, each with what it is the sum of. Those of another
+            dtype than the noise are left alone.
         sources: the tensors of the member's noise.
     """
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     if not terms or not graph_ops.is_in_vectorized_loop(terms[0][1].noise):
         yield
         return
-    by_id = {id(weights): of for weights, of in terms}
+    by_id = {
+        id(weights): of
+        for weights, of in terms
+        if weights.dtype == of.noise.dtype
+    }
 
     def product(op_type: str, inputs: Any, outputs: Any, where: Any) -> Any:
         if op_type != "MatMul" or where is not graph:
