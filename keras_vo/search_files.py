@@ -107,7 +107,12 @@ class SearchFiles(SearchVariables):
             model: whose `optimizer` is this one, or wraps it.
         """
         self._model_weights = lambda: model.weights
-        self._retrace = lambda: setattr(model, "train_function", None)
+
+        def retrace() -> None:
+            if model.train_function is not None:  # in `fit`, too
+                model.make_train_function(force=True)
+
+        self._retrace = retrace
         wrapper = model.optimizer
         if wrapper is not self:
             self._wrapped = True
