@@ -84,13 +84,12 @@ def weighted_noise(noise: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
 def weighted_excess(
     noise: tf.Tensor, weights: tf.Tensor, layout: WeightLayout
 ) -> tf.Tensor:
-    """sum_n b_n (|z_ng|^2 - D_g): noise [n, d], weights [n] to [groups].
-
-    By weight first, so that noise is gone through once.
+    """sum_n b_n (|z_ng|^2 - D_g): noise [..., n, d], weights [..., n] to
+    [..., groups]. By weight first, so that noise is gone through once.
     """
     squares = tf.linalg.matvec(tf.square(noise), weights, transpose_a=True)
-    excess = squares - tf.reduce_sum(weights)
-    return layout.group_sums(excess[None])[0]
+    excess = squares - tf.reduce_sum(weights, axis=-1, keepdims=True)
+    return layout.group_sums(excess)
 
 
 def mean_gradient(
