@@ -43,7 +43,7 @@ class SearchFiles(SearchVariables):
                 "Expected a noise generator that is set before the optimizer "
                 f"is built. Received: {name!r} when it was"
             )
-        if name not in GENERATORS:
+        if not isinstance(name, str) or name not in GENERATORS:
             raise ValueError(
                 f"Expected a noise generator, one of {sorted(GENERATORS)}. "
                 f"Received: {name!r}"

@@ -27,8 +27,8 @@ class StepFunctions(ModelFiles):
     def make_train_function(self, force: bool = False) -> Any:
         """As in Keras, but XLA compiles the evaluation of members only.
 
-        The same seed gives other normals under XLA, and whether "auto" means
-        XLA depends on the machine.
+        The noise of a search that began with "tfp-normal-1" is another one
+        under XLA, and whether "auto" means XLA depends on the machine.
         """
         jit_compile = self.jit_compile
         self.jit_compile = False

@@ -183,8 +183,11 @@ def draw_noise(
     ).numpy()
 
 
-def nodes_of_a_step(model, features=FEATURES):
-    """All nodes of a training step's graph, those of its functions included."""
+def nodes_of_a_step(model, features=FEATURES, branches=True):
+    """All nodes of a training step's graph, and of the functions it calls.
+
+    Without `branches`: not those of the branches of conditions.
+    """
     x = np.zeros((8, features), "float32")
     y = np.zeros((8, 1), "int32")
     model.optimizer.build(model.trainable_variables)
@@ -195,8 +198,19 @@ def nodes_of_a_step(model, features=FEATURES):
 
     graph = step.get_concrete_function(tf.constant(x), tf.constant(y)).graph
     definition = graph.as_graph_def(add_shapes=True)
-    functions = definition.library.function
-    return [*definition.node, *(n for f in functions for n in f.node_def)]
+    functions = {f.signature.name: f for f in definition.library.function}
+    nodes, todo, seen = [], list(definition.node), set()
+    while todo:
+        node = todo.pop(0)
+        nodes.append(node)
+        for name, value in node.attr.items():
+            function = value.func.name
+            if function in seen or function not in functions:
+                continue
+            if branches or not name.endswith("_branch"):
+                seen.add(function)
+                todo += functions[function].node_def
+    return nodes
 
 
 # --- cases ---

@@ -51,6 +51,41 @@ def test_classes(dtype):
     )
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_labels_that_are_no_class(jit_compile):
+    """An error on a CPU; under XLA, which has none, a NaN."""
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def losses(alone):
+        labels = tf.constant([0, 3, 5, -1])
+        with values_alone() if alone else contextlib.nullcontext():
+            return tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels, tf.zeros([4, 5])
+            )
+
+    if jit_compile:
+        expected = losses(False)
+        assert np.isnan(expected).tolist() == [False, False, True, True]
+        np.testing.assert_allclose(losses(True), expected, rtol=2e-6)
+        return
+    for alone in (False, True):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="CrossEnt"):
+            losses(alone)
+
+
+def test_a_derivative_of_forward_mode():
+    """Of the losses by the logits, beside them."""
+
+    def function(x):
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as forward:
+            y = tf.square(x)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits([0, 2], y)
+        return losses, forward.jvp(losses)
+
+    found, expected = in_a_graph(function, tf.constant([[1.0, 2, 3]] * 2))
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_probabilities(smoothing):
     labels = tf.one_hot([0, 1, 2, 3, 0, 1, 2, 3, 4], 5) + smoothing

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_vo
-from keras_vo.perturbations import of_level
+from keras_vo.perturbations import of_level, shared_inputs
 
 Dense = keras.layers.Dense
 EXAMPLES = 12
@@ -103,7 +103,7 @@ def plain(monkeypatch):
             patch.setattr(
                 of_level,
                 "products_by_terms",
-                lambda *args: contextlib.nullcontext(),
+                lambda *args: contextlib.nullcontext(shared_inputs.Products()),
             )
             yield
 
@@ -138,8 +138,11 @@ def test_under_xla(plain):
 
 
 def formed_kernels(model, shape):
-    """Sums in the graph of a step that have the shape of members' kernels."""
-    nodes = models.nodes_of_a_step(model, 6)
+    """Sums in the graph of a step that have the shape of members' kernels.
+
+    Not in branches: kernels are formed for inputs that are not finite.
+    """
+    nodes = models.nodes_of_a_step(model, 6, branches=False)
     shapes = [
         [d.size for d in node.attr["_output_shapes"].list.shape[0].dim]
         for node in nodes
@@ -233,3 +236,130 @@ def test_an_empty_batch():
     )
     model.fit(data.repeat(), steps_per_epoch=2, verbose=0, shuffle=False)
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+# --- what is apart from terms, within a member ---
+
+
+INPUTS = tf.constant(np.random.default_rng(0).normal(size=(8, 4)), tf.float32)
+
+
+def population_loss(objective, wrap=tf.function):
+    """The mean loss of a generation of `minimize`."""
+    weights = tf.Variable(tf.fill([4, 4], 0.1))
+    optimizer = keras_vo.VOOptimizer(population_size=8, seed=1)
+    optimizer.build([weights])
+    return float(wrap(lambda: optimizer.minimize(objective, [weights]))())
+
+
+def in_xla(function):
+    return tf.function(function, jit_compile=True)
+
+
+def of_tape(loss, weights):
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        value = loss(weights)
+    return tape.gradient(value, weights)
+
+
+DERIVATIVES = {
+    "tape": of_tape,
+    "tf.gradients": lambda loss, w: tf.gradients(loss(w), w)[0],
+    "given": lambda loss, w: tf.gradients(loss(w), w, [2.0], name="own")[0],
+    "hessians": lambda loss, w: tf.hessians(loss(w), w)[0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "penalty", "wrap"),
+    [
+        ("tape", 0.01, tf.function),
+        ("tf.gradients", 0.0, tf.function),
+        ("tf.gradients", 0.01, tf.function),
+        ("tf.gradients", 0.01, in_xla),
+        ("given", 0.01, tf.function),
+        ("hessians", 0.0, tf.function),
+    ],
+)
+def test_derivatives_by_the_weights(name, penalty, wrap, plain):
+    """Squared norms of gradients: without a penalty W is used once only."""
+
+    def objective(weights):
+        def loss(w):
+            own = penalty * tf.reduce_sum(w**2) if penalty else 0.0
+            return tf.reduce_mean(tf.tanh(INPUTS @ w) ** 2) + own
+
+        return tf.reduce_sum(DERIVATIVES[name](loss, weights[0]) ** 2)
+
+    found = population_loss(objective, wrap)
+    with plain():
+        expected = population_loss(objective, wrap)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class OneStepAhead(keras.layers.Layer):
+    """Products with W less a step of its own, by tf.gradients."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], 3))
+
+    def call(self, x):
+        w = tf.convert_to_tensor(self.w)
+        step = tf.gradients(tf.reduce_sum(tf.tanh(x @ w) ** 2), w)[0]
+        return x @ (w - 0.1 * step)
+
+
+def test_a_layer_that_differentiates(plain):
+    def make():
+        return keras_vo.VOSequential([keras.Input((6,)), OneStepAhead()])
+
+    found = losses_of_members(make)
+    with plain():
+        expected = losses_of_members(make)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_forward_mode_by_the_inputs(plain):
+    def objective(weights):
+        with tf.autodiff.ForwardAccumulator(INPUTS, INPUTS) as forward:
+            outputs = tf.tanh(INPUTS @ weights[0])
+        return tf.reduce_sum(forward.jvp(outputs) ** 2)
+
+    found = population_loss(objective)
+    with plain():
+        expected = population_loss(objective)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "wrap"),
+    [
+        ((np.inf, -np.inf), tf.function),
+        ((np.inf, np.nan), tf.function),
+        ((np.inf, -np.inf), in_xla),
+    ],
+)
+def test_inputs_that_are_not_finite(values, wrap, plain):
+    """In two examples; the others, which stay finite, are looked at alone,
+    too.
+    """
+    x = tf.tensor_scatter_nd_update(INPUTS, [[0, 0], [1, 1]], values)
+
+    def objective(weights):
+        outputs = tf.tanh(x @ weights[0])
+        outputs = tf.where(tf.math.is_nan(outputs), 7.0, outputs)
+        return tf.reduce_mean(outputs**2) + tf.reduce_mean(outputs[:2])
+
+    found = population_loss(objective, wrap)
+    with plain():
+        expected = population_loss(objective, wrap)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_an_error_of_a_member_is_its_own():
+    def objective(weights):
+        raise RuntimeError(f"mine: {(INPUTS @ weights[0]).shape}")
+
+    with pytest.raises(RuntimeError, match=r"mine: \(8, 4\)"):
+        population_loss(objective)

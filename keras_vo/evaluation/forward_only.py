@@ -9,6 +9,7 @@ of the softmax at the label, in half the time and less with many classes
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,16 @@ __all__ = ["values_alone"]
 
 
 def _of_classes(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Losses [n] of logits [n, classes] and labels [n], integers."""
-    return -tf.gather(tf.nn.log_softmax(logits), labels, batch_dims=1)
+    """Losses [n] of logits [n, classes] and labels [n], integers.
+
+    A label that is no class is an error on CPUs, else a NaN, as of the op.
+    """
+    losses = -tf.gather(
+        tf.nn.log_softmax(logits), labels, batch_dims=1, name="of_label"
+    )
+    classes = tf.shape(logits, labels.dtype)[1]
+    nan = tf.constant(math.nan, losses.dtype)
+    return tf.where((labels >= 0) & (labels < classes), losses, nan)
 
 
 def _of_probabilities(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -50,7 +59,8 @@ def values_alone() -> Iterator[None]:
         if op_type not in _LOSSES or where is not graph:
             return None
         losses = _LOSSES[op_type](*inputs)
-        return [tf.ensure_shape(losses, outputs[0].shape), *outputs[1:]]
+        losses.set_shape(outputs[0].shape)
+        return [losses, *outputs[1:]]
 
     with called_for_each_op(value):
         yield

@@ -103,8 +103,8 @@ def evaluate(
         member: from the noise of one direction and its sign to its outcome.
         source: the members' noise, not yet kept.
         isolation: of the members.
-        jit_compile: whether XLA compiles the evaluation (not the noise: XLA
-            draws other normals from the same seed).
+        jit_compile: whether XLA compiles the evaluation (not the noise, which
+            would be the same, and slower on a CPU).
     """
     if source.wanted is not None:
         return _evaluate_some(

@@ -17,6 +17,7 @@ from absl import logging as absl_logging
 
 from keras_vo.evaluation.effects import Effects
 from keras_vo.evaluation.isolation import Isolation
+from keras_vo.perturbations.shared_inputs import TraceAgainError
 
 __all__ = ["compiled", "quiet_tensorflow"]
 
@@ -47,6 +48,8 @@ def compiled(
             run, effects, reason = _traced(
                 function, specs, jit_compile, isolation.serial
             )
+        except TraceAgainError:
+            continue
         except Exception as error:
             if not isolation.adapt_to_error(error):
                 raise

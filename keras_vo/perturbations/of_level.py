@@ -13,7 +13,10 @@ from keras_vo.perturbations.automatic import entered
 from keras_vo.perturbations.base import Perturbation
 from keras_vo.perturbations.full import Full
 from keras_vo.perturbations.scope import Evaluation, Recording
-from keras_vo.perturbations.shared_inputs import products_by_terms
+from keras_vo.perturbations.shared_inputs import (
+    TraceAgainError,
+    products_by_terms,
+)
 from keras_vo.search.chunks import Noise
 from keras_vo.search.credit import Rows
 from keras_vo.search.gaussian import Gaussian
@@ -49,6 +52,7 @@ class PerturbationsOfLevel:
         self._recording = recording
         self._gaussian = gaussian
         self._last: tuple[tf.Tensor, list[Noise]] | None = None
+        self._by_terms = True
         self.noise_size = sum(kind.noise_size for kind in kinds)
         self.activations = tuple(
             tensor for kind in kinds for tensor in kind.activations
@@ -84,6 +88,8 @@ class PerturbationsOfLevel:
 
         Returns:
             A function whose value is that of `objective`, and the records.
+            It raises `TraceAgainError` where it has found that products by
+            terms are none for this objective.
         """
 
         def evaluate(noise: Noise, sign: float) -> tuple[Any, Any]:
@@ -101,12 +107,19 @@ class PerturbationsOfLevel:
                 for kind, state in zip(self._kinds, states, strict=True)
                 for i, of in kind.terms(state).items()
                 if weights[i] is perturbed[i]  # neither projected nor rounded
-            ]
+            ] * self._by_terms
             with (
                 entered(evaluation),
-                products_by_terms(terms, evaluation.sources),
+                products_by_terms(terms, evaluation.sources) as products,
             ):
-                losses = objective(weights)
+                try:
+                    losses = objective(weights)
+                except Exception:
+                    if not products.differentiated:
+                        raise
+            if products.differentiated:
+                self._by_terms = False
+                raise TraceAgainError
             return losses, evaluation.finish()
 
         return evaluate

@@ -4,20 +4,24 @@ A name stands for its numbers: what draws others gets another name, so that a
 search that was saved goes on with its own. A generator is called as
 `keras_vo.search.noise.draw_noise` is, which says what it returns.
 
-"philox-hadamard-1" takes a byte for each normal from the counter-based
+"philox-hadamard-2" takes a byte for each normal from the counter-based
 generator Philox [1]. (Its key is Philox's number for the base seed, generation
 and stream; its counter begins at the direction's index times what a row takes.)
 The last bit is set, which leaves an odd number o from -127 to 127. Of 64 of
 them come 64 normals,
 
-    z = H y / (8 s),   y = o (o^2 + 5615),
+    z = D H y / (8 s),   y = o (o^2 + 5615),
 
-with H the Hadamard matrix of 64 x 64 signs, and s^2 the mean of y^2, as in
-[2, 3]. H / 8 is orthogonal: z are uncorrelated, and sums of 64 independent
-numbers, so near normal. y has the kurtosis of a normal, 3 (to 7e-5), and so all
-moments of z up to the fifth, those of several numbers of a block too, are those
-of independent normals. (The bytes themselves have a kurtosis of 1.8, and so
-would projections of z on a row of H, which estimates for sigma see.)
+with H the Hadamard matrix of 64 x 64 signs, s^2 the mean of y^2, as in [2, 3],
+and D the signs of a bent function [4]. D H / 8 is orthogonal: z are
+uncorrelated, and sums of 64 independent numbers, so near normal. y has the
+kurtosis of a normal, 3 (to 7e-5), and so all moments of z up to the fifth,
+those of several numbers of a block too, are those of independent normals. (The
+bytes themselves have a kurtosis of 1.8, and so would projections of z on a row
+of H, which estimates for sigma see.) D makes the projections on rows of H, as
+the sum of a block is one, sums of 64 independent numbers, too.
+"philox-hadamard-1" has no D: there they are single y, none beyond 2.33
+standard deviations.
 
 Up to the factor 1 / (8 s) all of it is exact in float32, in whatever order sums
 are taken: y / 8 is an integer, and sums of more than 2^24 are 14 standard
@@ -30,10 +34,13 @@ References:
         Computer", Lincoln Laboratory Technical Note 1969-49, 1969.
     [3] Thomas, "Parallel Generation of Gaussian Random Numbers Using the
         Table-Hadamard Transform", FCCM 2013.
+    [4] Rothaus, "On Bent Functions", Journal of Combinatorial Theory A 20,
+        1976.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -102,8 +109,14 @@ def _philox_hadamard(
     shape: Shape,
     dtype: tf.DType,
     stream: tf.Tensor | None,
+    *,
+    bent: bool,
 ) -> tf.Tensor:
-    """See the module; rows that follow each other are one operation."""
+    """See the module; rows that follow each other are one operation.
+
+    Args:
+        bent: whether there is D.
+    """
     sizes = tf.cast(shape, tf.int32)
     size = tf.reduce_prod(sizes) if tf.is_tensor(shape) else math.prod(shape)
     blocks = -(-size // _BLOCK)
@@ -136,7 +149,8 @@ def _philox_hadamard(
     follows = index - tf.range(tf.size(index, tf.int64)) == index[:1]
     follows &= generation == generation[:1]
     drawn = tf.cond(tf.reduce_all(follows), following, any_rows)
-    normals = tf.reshape(_normals(drawn, dtype), [rows, blocks * _BLOCK])
+    normals = _normals(drawn, tf.constant(_matrix(bent)), dtype)
+    normals = tf.reshape(normals, [rows, blocks * _BLOCK])
     every = tf.concat([[rows], sizes], axis=0)
     return tf.reshape(normals[:, :size], every)
 
@@ -154,18 +168,18 @@ def _philox(
     )
 
 
-def _normals(words: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def _normals(words: tf.Tensor, matrix: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Those of words of whole blocks, [blocks, 64]."""
     one = tf.constant(1, tf.int8)
     odd = tf.bitwise.bitwise_or(tf.bitcast(words, tf.int8), one)
     odd = tf.reshape(tf.cast(odd, tf.float32), [-1, _BLOCK])
-    sums = tf.cast(_signed_sums(odd * (tf.square(odd) + _CUBIC)), dtype)
+    sums = _signed_sums(odd * (tf.square(odd) + _CUBIC), matrix)
+    sums = tf.cast(sums, dtype)
     return sums * tf.constant(_scale(), dtype)
 
 
-def _signed_sums(values: tf.Tensor) -> tf.Tensor:
-    """`values` [n, 64], integers, times the Hadamard matrix."""
-    signs = tf.constant(_hadamard(), tf.float32)
+def _signed_sums(values: tf.Tensor, signs: tf.Tensor) -> tf.Tensor:
+    """`values` [n, 64], integers, times a matrix of signs."""
     if not tf.config.list_physical_devices("GPU"):
         return values @ signs
     high, low = _halves(values)
@@ -178,12 +192,18 @@ def _halves(values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return high, values - high
 
 
-def _hadamard() -> np.ndarray:
-    """Sylvester's matrix [64, 64]."""
-    matrix = np.ones([1, 1], np.float32)
+def _matrix(bent: bool) -> np.ndarray:
+    """(D H)^T: H is Sylvester's matrix [64, 64].
+
+    D_i = (-1)^(i1 i2 + i3 i4 + i5 i6) of the bits of i: H D H has no entry but
+    8 and -8.
+    """
+    matrix, signs = np.ones([1, 1], np.float32), np.ones([1], np.float32)
     while len(matrix) < _BLOCK:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
+    while len(signs) < _BLOCK:
+        signs = np.concatenate([signs, signs, signs, -signs])
+    return matrix * signs if bent else matrix
 
 
 def _scale() -> float:
@@ -194,8 +214,9 @@ def _scale() -> float:
 
 
 FIRST = "tfp-normal-1"
-NEWEST = "philox-hadamard-1"
+NEWEST = "philox-hadamard-2"
 GENERATORS: Mapping[str, Callable[..., tf.Tensor]] = {
     FIRST: _tfp_normal,
-    NEWEST: _philox_hadamard,
+    "philox-hadamard-1": functools.partial(_philox_hadamard, bent=False),
+    NEWEST: functools.partial(_philox_hadamard, bent=True),
 }
