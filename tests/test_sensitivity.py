@@ -1,5 +1,6 @@
 """Noise that is divided by the sensitivities of weights."""
 
+import functools
 import pickle
 
 import keras
@@ -925,6 +926,7 @@ def test_equal_sensitivities_are_none(kind):
 
 CASES = list(
     models.pairwise(
+        ("structure", "shaping", "sensitivity"),
         kind=["full", "low_rank", "local_reparam"],
         structure=["fixed", "isotropic", "layerwise", "separable"],
         shaping=["identity", "standardize", "centered_rank", "nes"],
@@ -955,22 +957,12 @@ def test_everything_with_everything(case, tmp_path):
             **cuts,
         )
 
-    model = make()
-    fitted(model, 1)  # three steps
-    assert np.all(np.isfinite(models.weights(model)))
-    path = tmp_path / "model.weights.h5"
-    model.save_weights(path)
-    resumed = case["again"] == "resumed"
-    other = make(**{} if resumed else {"chunk_size": 2, "memory_budget": 1})
-    other.load_weights(path)
-    models.assert_same_state(
-        models.search_state(model), models.search_state(other)
+    models.assert_goes_on(
+        make,
+        functools.partial(fitted, epochs=1),  # three steps
+        case["again"],
+        tmp_path / "model.weights.h5",
     )
-    if resumed:
-        models.assert_same_state(fitted(model, 1), fitted(other, 1))
-        return
-    for a, b in zip(fitted(model, 1), fitted(other, 1), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
 
 
 def test_it_is_measured_once_a_period():
