@@ -311,7 +311,8 @@ def test_two_replicas():
     x, y = sequences(batch=10)
     with models.mirrored(2).scope():
         model = make_summarized()
-    history = models.fit(model, x, y, epochs=8)["loss"]
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    history = models.fit(model, batches.repeat(4), batch_size=None)["loss"]
     assert history[-1] < history[0]
     for variable in model.trainable_variables:
         first, second = variable.value.values
@@ -324,8 +325,11 @@ def test_positions_of_weight_0():
     weight = np.ones((8, TIME))
     weight[:, -1] = weight[2] = 0
     steps = []
+    model = make_summarized(position_discount=0.5)
+    model.optimizer.build(model.trainable_variables)
+    rewind = models.rewinder(model)
     for wrong in (0.0, 5.0):
-        model = make_summarized(position_discount=0.5)
+        rewind()
         target = y + wrong * (weight == 0)[..., None]
         models.fit(model, x, target, sample_weight=weight)
         steps.append(models.weights(model))
