@@ -558,21 +558,16 @@ def whole_batches(strategy):
 
 @pytest.mark.parametrize(
     "kind, exchange",
-    [
-        ("full", "gradient"),
-        ("low_rank", "fitness"),
-        ("local_reparam", "auto"),
-    ],
+    [("full", "gradient"), ("low_rank", "fitness")],
 )
 def test_two_replicas_are_one(kind, exchange):
     """The same search on the same batches, where losses are of members.
 
-    Where they are of examples each replica has other ones: all replicas end
-    with the same weights.
+    Where they are of examples each replica has other ones:
+    test_optimizer_perturbation.py.
     """
     ends = []
-    alone = [] if kind == "local_reparam" else [None]
-    for strategy in (*alone, models.mirrored(2)):
+    for strategy in (None, models.mirrored(2)):
         with models.scope(strategy):
             model = small_network(
                 kind,
@@ -591,5 +586,5 @@ def test_two_replicas_are_one(kind, exchange):
         ends.append(models.search_state(model))
         assert int(model.optimizer.iterations.numpy()) == 3
         assert np.all(np.isfinite(ends[-1][0]))
-    for one, two in zip(*ends, strict=True) if alone else ():
+    for one, two in zip(*ends, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
