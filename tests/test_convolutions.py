@@ -68,9 +68,12 @@ def trained(parts, shape, x, y, **kwargs):
         "convolutions": "local_reparam",
     } | kwargs
     epochs = settings.pop("epochs", 2)
+    compiling = {k: settings.pop(k) for k in ("run_eagerly",) if k in settings}
     keras.utils.set_random_seed(1)
     model = keras_vo.VOSequential([keras.Input(shape), *parts()])
-    model.compile(optimizer=models.make_optimizer(**settings), loss="mse")
+    model.compile(
+        optimizer=models.make_optimizer(**settings), loss="mse", **compiling
+    )
     models.fit(model, x, y, batch_size=8, epochs=epochs)
     return model
 
@@ -143,7 +146,7 @@ class Patches(layers.Layer):
         return keras.ops.image.extract_patches(x, 3, 1, padding="valid")
 
 
-def behind_noise(*parts):
+def behind_noise(*parts, **compiling):
     """A model in which the convolution's inputs differ between members."""
     model = keras_vo.VOSequential(
         [
@@ -161,6 +164,7 @@ def behind_noise(*parts):
             perturbation="local_reparam", convolutions="local_reparam"
         ),
         loss="mse",
+        **compiling,
     )
     return model
 
@@ -168,12 +172,12 @@ def behind_noise(*parts):
 def test_windows_that_overlap_are_patches_and_dense():
     x = np.random.default_rng(0).normal(size=(16, 12)).astype("float32")
     runs = []
-    for parts in (
-        [layers.Conv2D(2, 3, activation="relu")],
-        [Patches(), layers.Dense(2, activation="relu")],
+    for parts, eagerly in (
+        ([layers.Conv2D(2, 3, activation="relu")], False),
+        ([Patches(), layers.Dense(2, activation="relu")], True),
     ):
-        model = behind_noise(*parts)
-        models.fit(model, x, x[:, :2])
+        model = behind_noise(*parts, run_eagerly=eagerly)
+        models.fit(model, x, x[:, :2], epochs=1)
         runs.append(flat(model))
     np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-5)
 
@@ -364,11 +368,16 @@ def test_causal_is_padded():
                 (6, 2),
                 x,
                 np.tile(y, [1, 9]),
+                epochs=1,
+                run_eagerly=eagerly,
             )
         )
-        for p in (
-            lambda: [layers.Conv1D(3, 3, padding="causal")],
-            lambda: [layers.ZeroPadding1D((2, 0)), layers.Conv1D(3, 3)],
+        for p, eagerly in (
+            (lambda: [layers.Conv1D(3, 3, padding="causal")], False),
+            (
+                lambda: [layers.ZeroPadding1D((2, 0)), layers.Conv1D(3, 3)],
+                True,
+            ),
         )
     ]
     np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-6)

@@ -200,14 +200,16 @@ def test_einsum_dense_is_dense(name, structure):
             stddevs[:2] = turned(*stddevs[:2])
         return np.concatenate([np.ravel(v) for v in [*values, *stddevs]])
 
-    reference = make(by_dense, "local_reparam", structure=structure)
-    model = make(network, "local_reparam", structure=structure)
+    run = functools.partial(
+        make, perturbation="local_reparam", structure=structure
+    )
+    reference, model = run(by_dense, run_eagerly=True), run(network)
     start = reference.get_weights()
     if turned is not None:
         start[:2] = turned(*start[:2])
     model.set_weights(start)
-    models.fit(reference, x, y)
-    models.fit(model, x, y)
+    models.fit(reference, x, y, epochs=1)
+    models.fit(model, x, y, epochs=1)
     np.testing.assert_allclose(
         flat(model), flat(reference, to_einsum=True), rtol=1e-4, atol=1e-5
     )
@@ -227,9 +229,10 @@ def test_an_embedding_is_dense_of_one_hot():
         return ended(keras.Input((3, 7)), layers.Dense(5, use_bias=False))
 
     start = embedded().get_weights()
-    got = trajectory(run(embedded), ids, y, copy=lambda _: start)
+    settings = {"copy": lambda _: start, "epochs": 1}
+    got = trajectory(run(embedded), ids, y, **settings)
     one_hot = np.eye(7, dtype="float32")[ids]
-    want = trajectory(run(dense), one_hot, y, copy=lambda _: start)
+    want = trajectory(run(dense, run_eagerly=True), one_hot, y, **settings)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -291,8 +294,9 @@ def test_moving_statistics_are_those_of_the_mean_network():
         model = make(
             lambda: ended(keras.Input((4,)), layers.BatchNormalization()),
             perturbation,
+            run_eagerly=perturbation == "full",
         )
-        models.fit(model, x, y)
+        models.fit(model, x, y, epochs=1)
         moving.append([w.numpy() for w in model.non_trainable_variables])
     np.testing.assert_allclose(*[np.concatenate(m) for m in moving], rtol=1e-6)
     assert np.abs(moving[0][0]).max() > 0

@@ -1191,7 +1191,11 @@ def test_parts_of_a_batch_are_the_whole_one(sensitivity):
             model = keras_vo.VOSequential(
                 [keras.Input((4,)), layers.Dense(5, "tanh"), layers.Dense(3)]
             )
-            model.compile(optimizer=optimizer(sensitivity), loss="mse")
+            model.compile(
+                optimizer=optimizer(sensitivity),
+                loss="mse",
+                run_eagerly=not strategy,
+            )
         model.fit(x, y, batch_size=7, verbose=0)
         found.append([s.numpy() for s in model.optimizer.stddevs])
         if strategy:

@@ -92,7 +92,7 @@ SEPARABLE, EAGER = {"variance": "separable"}, {"run_eagerly": True}
 )
 def test_as_dense_inputs(kind, data, sparse, settings):
     want, want_weights = trained(
-        make(kind, sparse and False, **settings), (X, LABELS)
+        make(kind, sparse and False, **settings | EAGER), (X, LABELS)
     )
     model = make(kind, sparse, **settings)
     before = model.get_weights()
