@@ -220,6 +220,12 @@ def pairwise(apart=(), **factors):
         yield dict(zip(factors, best, strict=True))
 
 
+def in_turn(cases, **factors):
+    """Cases that have, of each of these factors too, one value in turn."""
+    for number, case in enumerate(cases):
+        yield case | {k: v[number % len(v)] for k, v in factors.items()}
+
+
 def name_of(case):
     return "-".join(map(str, case.values()))
 

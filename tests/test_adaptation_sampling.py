@@ -372,15 +372,16 @@ def fitted(model):
 
 
 CASES = list(
-    models.pairwise(
-        ("structure", "shaping"),
+    models.in_turn(
+        models.pairwise(
+            antithetic=[True, False],
+            natural=[True, False],
+            max_kl=[None, 1.0],
+            sensitivity=[None, "inputs"],
+            again=["resumed", "cut"],
+        ),
         structure=["fixed", "isotropic", "layerwise", "separable"],
         shaping=["identity", "standardize", "centered_rank", "nes"],
-        antithetic=[True, False],
-        natural=[True, False],
-        max_kl=[None, 1.0],
-        sensitivity=[None, "inputs"],
-        again=["resumed", "cut"],
     )
 )
 

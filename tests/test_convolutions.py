@@ -273,6 +273,7 @@ def test_why_a_convolution_is_left(said):
         x[..., :1],
         y,
         epochs=1,
+        run_eagerly=True,
     )
     assert "late" not in said
     assert (
