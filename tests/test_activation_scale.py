@@ -275,7 +275,7 @@ def test_steps_are_in_units_of_sigma():
         optimizer = keras_vo.VOOptimizer(
             inner, seed=2, perturbation="local_reparam", **kwargs
         )
-        return models.make_model(network(), optimizer)
+        return models.make_model(network(), optimizer, run_eagerly=True)
 
     np.testing.assert_allclose(moved(make()), [0.0106066] * 4, rtol=1e-3)
     own = keras.optimizers.Adam(0.02)
@@ -288,7 +288,7 @@ def test_steps_of_a_clone():
     """What a name stood for is an object in a config."""
     optimizer = keras_vo.VOOptimizer(seed=2, perturbation="local_reparam")
     clone = keras_vo.VOOptimizer.from_config(optimizer.get_config())
-    model = models.make_model(network(), clone)
+    model = models.make_model(network(), clone, run_eagerly=True)
     np.testing.assert_allclose(moved(model), [0.0106066] * 4, rtol=1e-3)
 
 
