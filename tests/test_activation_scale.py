@@ -315,14 +315,13 @@ def test_only_under_few_values_sigma_follows_the_mean(loss):
 def test_resumed_between_the_first_two_populations(tmp_path):
     """Where the second one is to be wide."""
     x, y = models.make_data(24)
-    half = models.make_model(
+    whole = models.make_model(
         network(),
         keras_vo.VOOptimizer(seed=2, perturbation="local_reparam"),
         loss=zero_one,
     )
-    half.fit(x[:8], y[:8], batch_size=8, shuffle=False, verbose=0)
-    half.save(tmp_path / "m.keras")
-    whole = half
+    whole.fit(x[:8], y[:8], batch_size=8, shuffle=False, verbose=0)
+    whole.save(tmp_path / "m.keras")
     half = keras.models.load_model(
         tmp_path / "m.keras", custom_objects={"zero_one": zero_one}
     )

@@ -561,8 +561,10 @@ def test_masks_that_a_later_layer_does_not_know(populations):
         )
 
     with pytest.warns(UserWarning, match="destroy the mask"):
-        masked = trajectory(make(network(True), "local_reparam"), ids, y)
-    plain = trajectory(make(network(False), "local_reparam"), ids, y)
+        model = make(network(True), "local_reparam")
+        masked = trajectory(model, ids, y, epochs=1)
+    model = make(network(False), "local_reparam", run_eagerly=True)
+    plain = trajectory(model, ids, y, epochs=1)
     np.testing.assert_allclose(masked, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -612,8 +614,8 @@ def test_noise_on_weights_does_not_blur_that_of_examples(populations):
         model = make(
             functools.partial(network, trainable),
             "local_reparam",
-            population_size=10,
-            examples_population_size=6,
+            run_eagerly=not trainable,
+            **SIZES,
         )
         model.train_on_batch(x, y)
         moved.append(model.get_layer("dense").get_weights())
@@ -646,7 +648,7 @@ def test_part_of_a_step_by_default():
         rng.normal(size=(8, 2)),
     )
 
-    def moved(inner, *first):
+    def moved(inner, *first, **compiling):
         model = keras_vo.VOSequential(
             [keras.Input((6, 6, 1)), *first, layers.Flatten(), layers.Dense(2)]
         )
@@ -655,6 +657,7 @@ def test_part_of_a_step_by_default():
                 inner, 10, perturbation="local_reparam", seed=1
             ),
             loss="mse",
+            **compiling,
         )
         generator = np.random.default_rng(1)
         before = [  # biases that are not 0 would look trained
@@ -674,7 +677,8 @@ def test_part_of_a_step_by_default():
     }.items():
         copies = [type(f).from_config(f.get_config()) for f in first]
         named = moved("sgd", *first)
-        given = moved(keras.optimizers.SGD(float(rate)), *copies)
+        inner = keras.optimizers.SGD(float(rate))
+        given = moved(inner, *copies, run_eagerly=True)
         for one, other, part in zip(named, given, parts, strict=True):
             assert np.abs(other).max() > 0
             np.testing.assert_allclose(one, part * other, rtol=1e-3, atol=1e-7)
@@ -761,7 +765,15 @@ def test_factored_products_are_those_of_formed_kernels(monkeypatch):
     """Embedding, EinsumDense and Dense: with the products, and without."""
     rng = np.random.default_rng(0)
     ids, y = rng.integers(0, 7, (24, 6)), rng.normal(size=(24, 2))
-    run = functools.partial(make, everything, "low_rank", structure="separable")
+
+    def network():
+        inputs = keras.Input((6,))
+        hidden = layers.Embedding(7, 8)(inputs)
+        hidden = layers.MultiHeadAttention(2, 4)(hidden, hidden)
+        hidden = layers.GlobalAveragePooling1D()(hidden)
+        return keras.Model(inputs, layers.Dense(2)(hidden))
+
+    run = functools.partial(make, network, "low_rank", structure="separable")
     factored = trajectory(run(), ids, y)
     monkeypatch.setattr(layer_calls, "CLASSES", ())
     formed = trajectory(run(), ids, y)
