@@ -372,15 +372,16 @@ def fitted(model):
 
 
 CASES = list(
-    models.pairwise(
-        ("structure", "shaping"),
+    models.in_turn(
+        models.pairwise(
+            antithetic=[True, False],
+            natural=[True, False],
+            max_kl=[None, 1.0],
+            sensitivity=[None, "inputs"],
+            again=["resumed", "cut"],
+        ),
         structure=["fixed", "isotropic", "layerwise", "separable"],
         shaping=["identity", "standardize", "centered_rank", "nes"],
-        antithetic=[True, False],
-        natural=[True, False],
-        max_kl=[None, 1.0],
-        sensitivity=[None, "inputs"],
-        again=["resumed", "cut"],
     )
 )
 
@@ -405,12 +406,15 @@ def test_everything_with_everything(case, tmp_path):
     )
 
 
-@pytest.mark.parametrize("exchange", ["fitness", "gradient"])
-def test_one_replica_and_two(exchange):
+def test_one_replica_and_two():
     """Each has every whole batch: the trajectory is that of one."""
     x, y = regression()
     found = []
-    for strategy in (None, mirrored(2)):
+    for strategy, exchange in (
+        (None, "auto"),
+        (mirrored(2), "fitness"),
+        (mirrored(2), "gradient"),
+    ):
         with scope(strategy):
             model = network(
                 inner_optimizer=keras.optimizers.SGD(0.01), exchange=exchange
@@ -426,8 +430,9 @@ def test_one_replica_and_two(exchange):
         )
         if strategy:
             assert_replicas_are_equal(strategy, model.optimizer.variables)
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
+    for two in found[1:]:
+        np.testing.assert_allclose(found[0][0], two[0], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found[0][1], two[1], rtol=1e-5)
     assert found[0][1] != pytest.approx(0.01)
 
 

@@ -118,24 +118,21 @@ def test_crashes_are_missing_and_a_search_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["dask", "processes"])
-def test_other_executors(executor):
+def test_other_executors():
     """The same costs, by a local cluster of Dask and by processes."""
     arguments = ("--generations=2", "--population_size=6", "--plot_dir=")
-    outputs = [run(*arguments)]
-    if executor == "dask":
-        outputs.append(run(*arguments, "--executor=dask"))
-    else:  # which have to import the script
-        script = example_scripts.FOLDER / "external_objective.py"
-        done = subprocess.run(
-            [sys.executable, script, *arguments, "--executor=processes"],
-            capture_output=True,
-            text=True,
-        )
-        outputs.append(done.stdout)
+    outputs = [run(*arguments), run(*arguments, "--executor=dask")]
+    # Processes have to import the script.
+    script = example_scripts.FOLDER / "external_objective.py"
+    done = subprocess.run(
+        [sys.executable, script, *arguments, "--executor=processes"],
+        capture_output=True,
+        text=True,
+    )
+    outputs.append(done.stdout)
     costs = [re.findall(r"cost: (mean \S+, best \S+)", o) for o in outputs]
     assert len(costs[0]) == 2
-    assert costs[0] == costs[1]
+    assert costs[0] == costs[1] == costs[2]
 
 
 @pytest.mark.parametrize(

@@ -735,25 +735,27 @@ def test_both_members_of_a_pair_see_the_same_count():
 
 
 def test_two_replicas_keep_their_members_apart():
-    """The sum over replicas of what one replica does: a loss of halves."""
+    """The sum over replicas of what one does alone: a loss of halves."""
     x, y = models.make_data(8)
 
-    def run(cls):
-        with models.mirrored(2).scope():
+    def run(cls, strategy=None):
+        with models.scope(strategy):
             keras.utils.set_random_seed(1)
             model = cls()
             model(x[:2])
             model.compile(
                 optimizer=models.make_optimizer(),
                 loss="sparse_categorical_crossentropy",
+                run_eagerly=not strategy,
             )
         logs = model.train_on_batch(x, y, return_dict=True)
         return logs["population_loss"]
 
+    two = models.mirrored(2)
     want = run(Plain)
-    assert run(FunctionOfAutoGraph) == pytest.approx(want, rel=1e-4)
+    assert run(FunctionOfAutoGraph, two) == pytest.approx(want, rel=1e-4)
     with pytest.warns(UserWarning, match="on 2 replicas at once"):
-        run(GetWeights)
+        run(GetWeights, two)
 
 
 # Programs that are called.

@@ -36,17 +36,18 @@ def make(network, perturbation, loss="mse", structure="layerwise", **kwargs):
     return model
 
 
-def trajectory(model, *data, copy=None):
+def trajectory(model, *data, copy=None, **fitting):
     """All weights and sigmas after two epochs of three batches, flat.
 
     Args:
         model: compiled.
         data: of `fit`.
         copy: from the model's weights to what they are set to at first.
+        fitting: other arguments of `fit`.
     """
     if copy is not None:
         model.set_weights(copy(model.get_weights()))
-    models.fit(model, *data)
+    models.fit(model, *data, **fitting)
     stddevs = [s.numpy() for s in model.optimizer.stddevs]
     return np.concatenate(
         [np.ravel(w) for w in [*model.get_weights(), *stddevs]]
@@ -79,22 +80,29 @@ def mlp(layer=layers.Dense):
 @pytest.mark.parametrize(
     "structure, eagerly", [("layerwise", True), ("separable", False)]
 )
-@pytest.mark.parametrize(
-    "perturbation, layer",
-    [("local_reparam", LocalReparamDense), ("low_rank", LowRankDense)],
-)
-def test_dense_layers_are_perturbed_as_those_that_ask(
-    perturbation, layer, eagerly, structure
-):
+def test_dense_layers_are_perturbed_as_those_that_ask(eagerly, structure):
     x, y = models.make_data()
-    run = functools.partial(
-        make, loss=FROM_LOGITS, structure=structure, run_eagerly=eagerly
-    )
-    got = trajectory(run(mlp, perturbation), x, y)
-    want = trajectory(run(lambda: mlp(layer), "full"), x, y)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    plain = trajectory(run(mlp, "full"), x, y)
-    assert np.abs(plain - want).max() > 0.01
+
+    def run(layer, perturbation):
+        model = make(
+            lambda: mlp(layer),
+            perturbation,
+            FROM_LOGITS,
+            structure,
+            run_eagerly=eagerly,
+        )
+        return trajectory(model, x, y, epochs=1 if eagerly else 2)
+
+    plain = run(layers.Dense, "full")
+    for perturbation, layer in (
+        ("local_reparam", LocalReparamDense),
+        ("low_rank", LowRankDense),
+    ):
+        want = run(layer, "full")
+        np.testing.assert_allclose(
+            run(layers.Dense, perturbation), want, rtol=1e-5, atol=1e-6
+        )
+        assert np.abs(plain - want).max() > 0.01
 
 
 def test_a_layer_that_asks_has_its_own_way():
@@ -107,8 +115,8 @@ def test_a_layer_that_asks_has_its_own_way():
     asked = trajectory(make(network, "low_rank", FROM_LOGITS), x, y)
     both = trajectory(make(mlp, "low_rank", FROM_LOGITS), x, y)
     np.testing.assert_allclose(asked, both, rtol=1e-5, atol=1e-6)
-    model = make(network, "local_reparam", FROM_LOGITS)
-    models.fit(model, x, y)
+    model = make(network, "local_reparam", FROM_LOGITS, run_eagerly=True)
+    model.train_on_batch(x, y)
     assert [type(layer) for layer in model.layers] == [
         LowRankDense,
         layers.Dense,
@@ -168,7 +176,6 @@ EINSUMS = {
         ("ellipsis", "separable"),
         ("heads", "separable"),
         ("heads in", "separable"),
-        ("kernel turned", "layerwise"),
         ("kernel turned", "separable"),
     ],
 )
@@ -193,24 +200,27 @@ def test_einsum_dense_is_dense(name, structure):
             stddevs[:2] = turned(*stddevs[:2])
         return np.concatenate([np.ravel(v) for v in [*values, *stddevs]])
 
-    reference = make(by_dense, "local_reparam", structure=structure)
-    model = make(network, "local_reparam", structure=structure)
+    run = functools.partial(
+        make, perturbation="local_reparam", structure=structure
+    )
+    reference, model = run(by_dense, run_eagerly=True), run(network)
     start = reference.get_weights()
     if turned is not None:
         start[:2] = turned(*start[:2])
     model.set_weights(start)
-    models.fit(reference, x, y)
-    models.fit(model, x, y)
+    models.fit(reference, x, y, epochs=1)
+    models.fit(model, x, y, epochs=1)
     np.testing.assert_allclose(
         flat(model), flat(reference, to_einsum=True), rtol=1e-4, atol=1e-5
     )
 
 
-@pytest.mark.parametrize("structure", ["layerwise", "separable"])
-def test_an_embedding_is_dense_of_one_hot(structure):
+def test_an_embedding_is_dense_of_one_hot():
     rng = np.random.default_rng(0)
     ids, y = rng.integers(0, 7, (24, 3)), rng.normal(size=(24, 2))
-    run = functools.partial(make, perturbation="local_reparam")
+    run = functools.partial(
+        make, perturbation="local_reparam", structure="separable"
+    )
 
     def embedded():
         return ended(keras.Input((3,)), layers.Embedding(7, 5))
@@ -219,15 +229,10 @@ def test_an_embedding_is_dense_of_one_hot(structure):
         return ended(keras.Input((3, 7)), layers.Dense(5, use_bias=False))
 
     start = embedded().get_weights()
-    got = trajectory(
-        run(embedded, structure=structure), ids, y, copy=lambda _: start
-    )
-    want = trajectory(
-        run(dense, structure=structure),
-        np.eye(7, dtype="float32")[ids],
-        y,
-        copy=lambda _: start,
-    )
+    settings = {"copy": lambda _: start, "epochs": 1}
+    got = trajectory(run(embedded), ids, y, **settings)
+    one_hot = np.eye(7, dtype="float32")[ids]
+    want = trajectory(run(dense, run_eagerly=True), one_hot, y, **settings)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -289,8 +294,9 @@ def test_moving_statistics_are_those_of_the_mean_network():
         model = make(
             lambda: ended(keras.Input((4,)), layers.BatchNormalization()),
             perturbation,
+            run_eagerly=perturbation == "full",
         )
-        models.fit(model, x, y)
+        models.fit(model, x, y, epochs=1)
         moving.append([w.numpy() for w in model.non_trainable_variables])
     np.testing.assert_allclose(*[np.concatenate(m) for m in moving], rtol=1e-6)
     assert np.abs(moving[0][0]).max() > 0
@@ -311,7 +317,7 @@ def test_attention_needs_no_noise_on_weights(populations):
     x, y = sequences((4, 8))
     model = make(attention, "local_reparam", examples_population_size=6)
     before = model.get_weights()
-    models.fit(model, x, y[:, :1])
+    models.fit(model, x, y[:, :1], epochs=1)
     assert populations == [{"example": 6}]
     for a, b in zip(before, model.get_weights(), strict=True):
         assert np.all(a != b)
@@ -402,6 +408,7 @@ LEFT = {
         layers.BatchNormalization(scale=False, center=False),
     ],
 }
+SIZES = {"population_size": 10, "examples_population_size": 6}
 
 
 @pytest.mark.parametrize(
@@ -413,34 +420,50 @@ LEFT = {
     ],
 )
 def test_what_keeps_noise_on_its_weights(name, eagerly, populations):
-    """Alone, it is trained as by perturbation="full"; before a Dense, both."""
+    """Before a Dense, which has noise on its outputs."""
     x, y = sequences((4,))
-    shape, sizes = (4,), {"population_size": 10, "examples_population_size": 6}
+    model = make(
+        lambda: ended(keras.Input((4,)), *LEFT[name]()),
+        "local_reparam",
+        run_eagerly=eagerly,
+        **SIZES,
+    )
+    models.fit(model, x[:8], y[:8], epochs=1)
+    assert populations and all(
+        p == {"member": 10, "example": 6} for p in populations
+    )
+
+
+@pytest.mark.parametrize(
+    "name, eagerly",
+    [
+        ("tied", True),
+        ("loop", False),
+        ("assigned in a call", False),
+        ("folded", False),
+        ("batch normalization", False),
+        ("batch normalization", True),
+    ],
+)
+def test_what_is_left_alone_is_trained_as_in_full(name, eagerly, populations):
+    x, y = sequences((4,))
     y = np.tile(y, [1, 8])
 
     def alone():
-        return keras.Sequential([keras.Input(shape), *LEFT[name]()])
+        return keras.Sequential([keras.Input((4,)), *LEFT[name]()])
 
     columns = alone().output_shape[-1]
     runs = [
         trajectory(
-            make(alone, kind, run_eagerly=eagerly, **sizes), x, y[:, :columns]
+            make(alone, kind, run_eagerly=eagerly, **SIZES),
+            x,
+            y[:, :columns],
+            epochs=1,
         )
         for kind in ("local_reparam", "full")
     ]
     np.testing.assert_array_equal(*runs)
     assert all(p == {"member": 10} for p in populations)
-    del populations[:]
-    model = make(
-        lambda: ended(keras.Input(shape), *LEFT[name]()),
-        "local_reparam",
-        run_eagerly=eagerly,
-        **sizes,
-    )
-    models.fit(model, x, y[:, :2], epochs=1)
-    assert populations and all(
-        p == {"member": 10, "example": 6} for p in populations
-    )
 
 
 def test_a_function_that_was_decorated(populations):
@@ -505,18 +528,15 @@ def test_ids_below_zero_are_those_from_the_end():
     rng = np.random.default_rng(0)
     ids, y = rng.integers(0, 7, (24, 3)), rng.normal(size=(24, 2))
     for perturbation in ("local_reparam", "low_rank"):
-        runs = [
-            trajectory(
-                make(
-                    lambda: ended(keras.Input((3,)), layers.Embedding(7, 5)),
-                    perturbation,
-                ),
-                i,
-                y,
-            )
-            for i in (ids, ids - 7)
-        ]
-        np.testing.assert_array_equal(*runs)
+        model = make(
+            lambda: ended(keras.Input((3,)), layers.Embedding(7, 5)),
+            perturbation,
+        )
+        model.optimizer.build(model.trainable_variables)
+        rewind = models.rewinder(model)
+        above = trajectory(model, ids, y)
+        rewind()
+        np.testing.assert_array_equal(above, trajectory(model, ids - 7, y))
 
 
 def test_masks_that_a_later_layer_does_not_know(populations):
@@ -541,8 +561,10 @@ def test_masks_that_a_later_layer_does_not_know(populations):
         )
 
     with pytest.warns(UserWarning, match="destroy the mask"):
-        masked = trajectory(make(network(True), "local_reparam"), ids, y)
-    plain = trajectory(make(network(False), "local_reparam"), ids, y)
+        model = make(network(True), "local_reparam")
+        masked = trajectory(model, ids, y, epochs=1)
+    model = make(network(False), "local_reparam", run_eagerly=True)
+    plain = trajectory(model, ids, y, epochs=1)
     np.testing.assert_allclose(masked, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -592,8 +614,8 @@ def test_noise_on_weights_does_not_blur_that_of_examples(populations):
         model = make(
             functools.partial(network, trainable),
             "local_reparam",
-            population_size=10,
-            examples_population_size=6,
+            run_eagerly=not trainable,
+            **SIZES,
         )
         model.train_on_batch(x, y)
         moved.append(model.get_layer("dense").get_weights())
@@ -602,24 +624,20 @@ def test_noise_on_weights_does_not_blur_that_of_examples(populations):
     assert populations == [{"member": 10, "example": 6}, {"example": 6}]
 
 
-def test_chunks_of_examples_population():
+def trained_attention(perturbation, **kwargs):
     x, y = sequences((4, 8))
-    run = functools.partial(
-        make, attention, "local_reparam", examples_population_size=10
-    )
-    whole = trajectory(run(), x, y[:, :1])
-    cut = trajectory(run(chunk_size=4), x, y[:, :1])
-    np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-5)
+    model = make(attention, perturbation, examples_population_size=10, **kwargs)
+    return trajectory(model, x, y[:, :1], epochs=1)
 
 
 @pytest.mark.parametrize("perturbation", ["local_reparam", "low_rank"])
-def test_one_trace_and_the_same_eagerly(perturbation):
-    x, y = sequences((4, 8))
-    graph = trajectory(make(attention, perturbation), x, y[:, :1])
-    eager = trajectory(
-        make(attention, perturbation, run_eagerly=True), x, y[:, :1]
-    )
-    np.testing.assert_allclose(eager, graph, rtol=1e-3, atol=1e-4)
+def test_the_same_in_chunks_of_examples_population_and_eagerly(perturbation):
+    whole = trained_attention(perturbation)
+    eager = trained_attention(perturbation, run_eagerly=True)
+    np.testing.assert_allclose(eager, whole, rtol=1e-3, atol=1e-4)
+    if perturbation == "local_reparam":
+        cut = trained_attention(perturbation, chunk_size=4)
+        np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_part_of_a_step_by_default():
@@ -630,7 +648,7 @@ def test_part_of_a_step_by_default():
         rng.normal(size=(8, 2)),
     )
 
-    def moved(inner, *first):
+    def moved(inner, *first, **compiling):
         model = keras_vo.VOSequential(
             [keras.Input((6, 6, 1)), *first, layers.Flatten(), layers.Dense(2)]
         )
@@ -639,6 +657,7 @@ def test_part_of_a_step_by_default():
                 inner, 10, perturbation="local_reparam", seed=1
             ),
             loss="mse",
+            **compiling,
         )
         generator = np.random.default_rng(1)
         before = [  # biases that are not 0 would look trained
@@ -658,7 +677,8 @@ def test_part_of_a_step_by_default():
     }.items():
         copies = [type(f).from_config(f.get_config()) for f in first]
         named = moved("sgd", *first)
-        given = moved(keras.optimizers.SGD(float(rate)), *copies)
+        inner = keras.optimizers.SGD(float(rate))
+        given = moved(inner, *copies, run_eagerly=True)
         for one, other, part in zip(named, given, parts, strict=True):
             assert np.abs(other).max() > 0
             np.testing.assert_allclose(one, part * other, rtol=1e-3, atol=1e-7)
@@ -685,13 +705,19 @@ def test_layers_of_more_outputs_than_weights(steps, populations):
     assert populations == [few[steps]]
 
 
-@pytest.mark.parametrize("perturbation", ["local_reparam", "low_rank"])
-def test_two_replicas(perturbation):
-    """They have shards of 4 and 4, then of 1 and 1; and the same weights."""
-    x, y = sequences((4, 8), 10)
+def test_two_replicas():
+    """They have shards of 4 and 4, then of 1 and 1; and the same weights.
+
+    Low rank: test_conformance.py.
+    """
+    x, y = sequences((3, 4), 10)
     with models.mirrored(2).scope():
-        model = make(attention, perturbation)
-    history = models.fit(model, x, y[:, :1], epochs=8)["loss"]
+        model = make(
+            lambda: ended(keras.Input((3, 4)), layers.Dense(5)),
+            "local_reparam",
+        )
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    history = models.fit(model, batches.repeat(4), batch_size=None)["loss"]
     assert history[-1] < history[0]
     for variable in model.trainable_variables:
         first, second = variable.value.values
@@ -735,18 +761,22 @@ def test_low_rank_draws_few_normals(monkeypatch):
         assert np.all(a != b)
 
 
-@pytest.mark.parametrize("structure", ["layerwise", "separable"])
-def test_factored_products_are_those_of_formed_kernels(structure, monkeypatch):
+def test_factored_products_are_those_of_formed_kernels(monkeypatch):
     """Embedding, EinsumDense and Dense: with the products, and without."""
     rng = np.random.default_rng(0)
     ids, y = rng.integers(0, 7, (24, 6)), rng.normal(size=(24, 2))
-    factored = trajectory(
-        make(everything, "low_rank", structure=structure), ids, y
-    )
+
+    def network():
+        inputs = keras.Input((6,))
+        hidden = layers.Embedding(7, 8)(inputs)
+        hidden = layers.MultiHeadAttention(2, 4)(hidden, hidden)
+        hidden = layers.GlobalAveragePooling1D()(hidden)
+        return keras.Model(inputs, layers.Dense(2)(hidden))
+
+    run = functools.partial(make, network, "low_rank", structure="separable")
+    factored = trajectory(run(), ids, y)
     monkeypatch.setattr(layer_calls, "CLASSES", ())
-    formed = trajectory(
-        make(everything, "low_rank", structure=structure), ids, y
-    )
+    formed = trajectory(run(), ids, y)
     np.testing.assert_allclose(factored, formed, rtol=1e-3, atol=1e-4)
 
 

@@ -274,12 +274,13 @@ def test_all_of_a_transformer_has_it(claims):
     assert len(seen) == 8 and all(seen.values()), seen
 
 
-def make_summarized(**kwargs):
+def make_summarized(network=summarized, run_eagerly=False, **kwargs):
     keras.utils.set_random_seed(1)
-    model = keras_vo.make_variational(summarized())
+    model = keras_vo.make_variational(network())
     model.compile(
         optimizer=models.make_optimizer(credit="position", **kwargs),
         loss=squared_error,
+        run_eagerly=run_eagerly,
     )
     return model
 
@@ -309,9 +310,14 @@ def test_chunks_and_a_file(tmp_path):
 def test_two_replicas():
     """Shards of 4 and 4, then of 1 and 1: the same weights, and they learn."""
     x, y = sequences(batch=10)
+
+    def network():
+        return keras.Sequential([keras.Input((TIME, IN)), LocalReparamDense(2)])
+
     with models.mirrored(2).scope():
-        model = make_summarized()
-    history = models.fit(model, x, y, epochs=8)["loss"]
+        model = make_summarized(network)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    history = models.fit(model, batches.repeat(4), batch_size=None)["loss"]
     assert history[-1] < history[0]
     for variable in model.trainable_variables:
         first, second = variable.value.values
@@ -324,8 +330,11 @@ def test_positions_of_weight_0():
     weight = np.ones((8, TIME))
     weight[:, -1] = weight[2] = 0
     steps = []
+    model = make_summarized(position_discount=0.5)
+    model.optimizer.build(model.trainable_variables)
+    rewind = models.rewinder(model)
     for wrong in (0.0, 5.0):
-        model = make_summarized(position_discount=0.5)
+        rewind()
         target = y + wrong * (weight == 0)[..., None]
         models.fit(model, x, target, sample_weight=weight)
         steps.append(models.weights(model))
@@ -398,12 +407,9 @@ def test_sizes_that_only_the_inputs_know():
         lambda: iter([(x, y)]), output_signature=specs
     )
     results = []
-    for given in (
-        data,
-        data.map(lambda a, b: (a, tf.ensure_shape(b, y.shape))),
-    ):
-        model = make_summarized()
-        model.fit(given.repeat(), steps_per_epoch=1, shuffle=False, verbose=0)
+    for eagerly in (False, True):  # where all shapes are known
+        model = make_summarized(run_eagerly=eagerly)
+        model.fit(data.repeat(), steps_per_epoch=1, shuffle=False, verbose=0)
         results.append(models.weights(model))
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
 

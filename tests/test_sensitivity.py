@@ -1,5 +1,6 @@
 """Noise that is divided by the sensitivities of weights."""
 
+import functools
 import pickle
 
 import keras
@@ -97,15 +98,21 @@ def jacobians(model, x):
     return found
 
 
-def expected(model, x, kind):
-    """Eq. 35, normalized."""
-    raw = 0.0
+def expected(model, x):
+    """Eq. 35, normalized, for both kinds."""
+    raw = {"sum": 0.0, "abs": 0.0}
     for by_weight in jacobians(model, x):
-        if kind == "abs":
-            by_weight = list(map(np.abs, by_weight))
-        squares = [np.sum(j.mean((0, 1)) ** 2, axis=0) for j in by_weight]
-        raw = squares if raw == 0.0 else list(map(np.add, raw, squares))
-    return of_layers(model.trainable_variables, list(map(np.sqrt, raw)))
+        for kind, values in (
+            ("sum", by_weight),
+            ("abs", list(map(np.abs, by_weight))),
+        ):
+            squares = [np.sum(j.mean((0, 1)) ** 2, axis=0) for j in values]
+            known = raw[kind]
+            raw[kind] = list(map(np.add, known, squares)) if known else squares
+    return {
+        kind: of_layers(model.trainable_variables, list(map(np.sqrt, squares)))
+        for kind, squares in raw.items()
+    }
 
 
 def assert_all_close(got, want, rtol=1e-4):
@@ -186,15 +193,14 @@ def made(network):
     return model, x, y
 
 
-@pytest.mark.parametrize("kind", ["sum", "abs"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_derivatives_of_outputs(network, kind):
+def test_derivatives_of_outputs(network):
     """Eq. 35, of example by example, position by position, unit by unit."""
     model, x, y = made(network)
-    want = expected(model, x, kind)
     loss = ["mse"] * 2 if isinstance(y, list) else "mse"
-    got = measured(model, x, y, sensitivity=kind, loss=loss)
-    assert_all_close(got, want, 1e-3)
+    for kind, want in expected(model, x).items():
+        got = measured(model, x, y, sensitivity=kind, loss=loss)
+        assert_all_close(got, want, 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["sum", "abs"])
@@ -220,7 +226,7 @@ def test_batch_normalization_has_the_statistics_of_the_batch(kind):
     hidden = model.layers[0](x).numpy()
     normalization.moving_mean.assign(hidden.mean(0))
     normalization.moving_variance.assign(hidden.var(0))
-    want = expected(model, x, kind)
+    want = expected(model, x)[kind]
     normalization.moving_mean.assign(np.zeros(5))
     normalization.moving_variance.assign(np.ones(5))
     got = measured(model, x, y, sensitivity=kind)
@@ -372,7 +378,11 @@ def test_inputs_by_keyword_and_of_distributed_convolutions():
 
 
 def test_inputs_of_embeddings_recurrent_layers_and_normalizations():
-    """What is masked does not count; recurrent kernels count as biases."""
+    """What is masked does not count; recurrent kernels count as biases.
+
+    And layers are as they were after a pass.
+    """
+    own = {cls: cls.call for cls in layer_calls.WITH_KERNELS}
     model, x, y = made(recurrent)
     embedding, gru, normalization, last = model.layers
     want = []
@@ -392,6 +402,7 @@ def test_inputs_of_embeddings_recurrent_layers_and_normalizations():
     want += [np.repeat(squares[:, None], 2, axis=1), np.ones(2)]
     got = measured(model, x, y, sensitivity="inputs")
     assert_all_close(got, of_layers(model.trainable_variables, want), 1e-3)
+    assert {cls: cls.call for cls in layer_calls.WITH_KERNELS} == own
 
 
 @pytest.mark.parametrize(
@@ -420,13 +431,6 @@ def test_calls_of_a_shared_layer_add_up():
     raw = np.repeat(np.sqrt((both**2).mean(0))[:, None], 3, axis=1)
     got = measured(model, x, rows(5, 3), sensitivity="inputs")
     assert_all_close(got, of_layers(model.trainable_variables, [raw]))
-
-
-def test_layers_are_as_they_were_after_a_pass():
-    own = {cls: cls.call for cls in layer_calls.WITH_KERNELS}
-    model, x, y = made(recurrent)
-    measured(model, x, y, sensitivity="inputs")
-    assert {cls: cls.call for cls in layer_calls.WITH_KERNELS} == own
 
 
 def test_step_units_have_no_derivative_but_inputs():
@@ -596,7 +600,7 @@ def test_a_recurrent_layer_with_step_units():
 def test_a_gradient_of_the_users_own(kind):
     model = with_activation(straight_through)
     x, y = rows(6, 4), rows(6, 3)
-    want = expected(model, x, kind)
+    want = expected(model, x)[kind]
     assert_all_close(measured(model, x, y, sensitivity=kind), want, 1e-3)
 
 
@@ -638,14 +642,14 @@ def test_the_monitor_of_any_outputs(kind):
     assert np.isnan(monitor.history["divergence"][-1]) == (kind != "none")
 
 
-@pytest.mark.parametrize("sensitivity", ["sum", "abs"])
 @pytest.mark.parametrize("kind", [k for k in OUTPUTS if k != "none"])
-def test_outputs_without_units_are_an_error(kind, sensitivity):
+def test_outputs_without_units_are_an_error(kind):
     model = Network(OUTPUTS[kind])
-    model.compile(optimizer=optimizer(sensitivity))
-    with pytest.raises(ValueError, match="sensitivity=None") as caught:
-        model.train_on_batch(rows(6, 4))
-    assert '"inputs"' in str(caught.value)
+    for sensitivity in ("sum", "abs"):
+        model.compile(optimizer=optimizer(sensitivity))
+        with pytest.raises(ValueError, match="sensitivity=None") as caught:
+            model.train_on_batch(rows(6, 4))
+        assert '"inputs"' in str(caught.value)
     model.compile(optimizer=optimizer("inputs"))
     model.train_on_batch(rows(6, 4))
 
@@ -923,16 +927,19 @@ def test_equal_sensitivities_are_none(kind):
     assert_all_close(one.optimizer.stddevs, other.optimizer.stddevs)
 
 
+# Kinds and structures meet in test_conformance.py.
 CASES = list(
-    models.pairwise(
-        kind=["full", "low_rank", "local_reparam"],
+    models.in_turn(
+        models.pairwise(
+            kind=["full", "low_rank", "local_reparam"],
+            antithetic=[True, False],
+            natural=[True, False],
+            max_kl=[None, 0.1],
+            again=["resumed", "cut"],
+        ),
         structure=["fixed", "isotropic", "layerwise", "separable"],
         shaping=["identity", "standardize", "centered_rank", "nes"],
-        antithetic=[True, False],
-        natural=[True, False],
-        max_kl=[None, 0.1],
         sensitivity=["sum", "abs", "inputs", "callable"],
-        again=["resumed", "cut"],
     )
 )
 
@@ -955,22 +962,12 @@ def test_everything_with_everything(case, tmp_path):
             **cuts,
         )
 
-    model = make()
-    fitted(model, 1)  # three steps
-    assert np.all(np.isfinite(models.weights(model)))
-    path = tmp_path / "model.weights.h5"
-    model.save_weights(path)
-    resumed = case["again"] == "resumed"
-    other = make(**{} if resumed else {"chunk_size": 2, "memory_budget": 1})
-    other.load_weights(path)
-    models.assert_same_state(
-        models.search_state(model), models.search_state(other)
+    models.assert_goes_on(
+        make,
+        functools.partial(fitted, epochs=1),  # three steps
+        case["again"],
+        tmp_path / "model.weights.h5",
     )
-    if resumed:
-        models.assert_same_state(fitted(model, 1), fitted(other, 1))
-        return
-    for a, b in zip(fitted(model, 1), fitted(other, 1), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
 
 
 def test_it_is_measured_once_a_period():
@@ -1022,7 +1019,6 @@ def test_without_a_finite_loss_they_stay(sensitivity):
         ("mixed_float16", "sum"),
         ("mixed_bfloat16", "inputs"),
         ("bfloat16", "sum"),
-        ("bfloat16", "inputs"),
         ("float64", "abs"),
     ],
 )
@@ -1196,7 +1192,11 @@ def test_parts_of_a_batch_are_the_whole_one(sensitivity):
             model = keras_vo.VOSequential(
                 [keras.Input((4,)), layers.Dense(5, "tanh"), layers.Dense(3)]
             )
-            model.compile(optimizer=optimizer(sensitivity), loss="mse")
+            model.compile(
+                optimizer=optimizer(sensitivity),
+                loss="mse",
+                run_eagerly=not strategy,
+            )
         model.fit(x, y, batch_size=7, verbose=0)
         found.append([s.numpy() for s in model.optimizer.stddevs])
         if strategy:
@@ -1207,26 +1207,17 @@ def test_parts_of_a_batch_are_the_whole_one(sensitivity):
 
 @pytest.mark.parametrize(
     "sensitivity, kind",
-    [
-        ("sum", "full"),
-        ("abs", "low_rank"),
-        ("inputs", "local_reparam"),
-        (graded, "full"),
-    ],
-    ids=["sum", "abs", "inputs", "callable"],
+    [("abs", "low_rank"), (graded, "full")],
+    ids=["abs", "callable"],
 )
 def test_one_replica_and_two(sensitivity, kind):
     """Each has every whole batch: the trajectory is that of one."""
     x, y = regression()
     found = []
     for strategy in (None, mirrored(2)):
-        replicas = strategy.num_replicas_in_sync if strategy else 1
         with scope(strategy):
             model = network(
-                sensitivity,
-                kind,
-                examples_population_size=16 // replicas,
-                inner_optimizer=keras.optimizers.SGD(0.01),
+                sensitivity, kind, inner_optimizer=keras.optimizers.SGD(0.01)
             )
         batches = tf.data.Dataset.from_tensors((x, y)).repeat()
         if strategy:
@@ -1239,8 +1230,4 @@ def test_one_replica_and_two(sensitivity, kind):
             [models.weights(model)]
             + [s.numpy() for s in model.optimizer.stddevs]
         )
-    if kind == "local_reparam":  # each replica has a population of its own
-        found = [f[1:] for f in found]
-        assert_all_close(*found, 0.05)
-    else:
-        assert_all_close(*found, 1e-3)
+    assert_all_close(*found, 1e-3)

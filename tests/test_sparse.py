@@ -92,7 +92,7 @@ SEPARABLE, EAGER = {"variance": "separable"}, {"run_eagerly": True}
 )
 def test_as_dense_inputs(kind, data, sparse, settings):
     want, want_weights = trained(
-        make(kind, sparse and False, **settings), (X, LABELS)
+        make(kind, sparse and False, **settings | EAGER), (X, LABELS)
     )
     model = make(kind, sparse, **settings)
     before = model.get_weights()
@@ -142,10 +142,13 @@ def test_sparse_and_dense_inputs_of_a_converted_model():
         model = keras.Model([wide, deep], outputs)
         keras_vo.make_variational(model, dense="local_reparam")
         model.compile(
-            models.make_optimizer(), "sparse_categorical_crossentropy"
+            models.make_optimizer(),
+            "sparse_categorical_crossentropy",
+            run_eagerly=not sparse,
         )
         x = scipy_matrix()[0] if sparse else X
-        history = models.fit(model, [x, models.make_data()[0]], LABELS)
+        inputs = [x, models.make_data()[0]]
+        history = models.fit(model, inputs, LABELS, epochs=1)
         return history["loss"], models.weights(model)
 
     for got, want in zip(fitted(True), fitted(False), strict=True):
