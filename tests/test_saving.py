@@ -160,6 +160,9 @@ def train():
     models.fit(model, x, x[:, :3], shuffle=True, epochs=1)
     return models.weights(model)
 np.testing.assert_array_equal(train(), train())
+
+# Imported where a divergence is first needed.
+assert "tensorflow_probability" not in sys.modules
 """
 
 

@@ -16,9 +16,9 @@ import math
 from collections.abc import Sequence
 
 import tensorflow as tf
-import tensorflow_probability as tfp
 
 from keras_vo.search.layout import WeightLayout
+from keras_vo.search.probability import distributions
 
 __all__ = [
     "Gaussian",
@@ -227,10 +227,11 @@ def kl_divergence(
     Returns:
         The divergence in nats, a scalar: the sum over all weights.
     """
-    normal = tfp.distributions.Normal
+    tfd = distributions()
+    normal = tfd.Normal
     old = normal(tf.zeros_like(mean_change), stddev_of(log_variance))
     new = normal(mean_change, stddev_of(new_log_variance))
-    return tf.reduce_sum(tfp.distributions.kl_divergence(old, new))
+    return tf.reduce_sum(tfd.kl_divergence(old, new))
 
 
 def step_kl(

@@ -47,8 +47,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
 
+from keras_vo.search.probability import distributions
 from keras_vo.search.seeds import as_tfp, generation_seed, stream_seed
 
 __all__ = ["FIRST", "GENERATORS", "NEWEST"]
@@ -81,7 +81,7 @@ def _tfp_normal(
 
     Under XLA it draws others from the same seeds.
     """
-    standard_normal = tfp.distributions.Normal(
+    standard_normal = distributions().Normal(
         tf.zeros([], dtype), tf.ones([], dtype)
     )
 
