@@ -49,7 +49,7 @@ def minimized(strategy, steps=10, inner=dict, **arguments):
             tf.Variable([[0.5, -1.0], [2.0, 0.3]]),
             tf.Variable([0.1, 0.2, 0.3]),
         ]
-        optimizer = keras_vo.VOOptimizer(seed=5, **arguments | inner())
+        optimizer = keras_vo.VOOptimizer(seed=6, **arguments | inner())
 
     @tf.function(autograph=False)
     def step():

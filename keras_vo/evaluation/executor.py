@@ -102,7 +102,7 @@ def evaluate(
     run.queue.extend(members)
     try:
         if terms.timeout is not None:
-            run.start_worker()
+            run.start_workers()
         while run.queue or run.suspects or run.pending:
             run.submit()
             run.collect()
@@ -152,16 +152,17 @@ class _Run:
         if terms.progress:
             self._bar = keras.utils.Progbar(count, unit_name="member")
 
-    def start_worker(self) -> None:
-        """Waits until a process of a pool has imported what it needs.
+    def start_workers(self) -> None:
+        """Waits until the processes of a pool have imported what they need.
 
         Else that time would be taken for that of a member. If none can be
         started, all that is left fails.
         """
         if not self._pool.is_processes:
             return
+        members = len(self.queue) + len(self.suspects)
         try:
-            self._pool.submit(callable, self._task).result(_START)
+            self._pool.start(self._task, members, _START)
         # Before Python 3.11 that is another TimeoutError than the builtin one.
         except (futures.BrokenExecutor, futures.TimeoutError) as error:
             for member in (*self.suspects, *self.queue):
@@ -261,7 +262,7 @@ class _Run:
             self._fail(lost[0], error)
         else:
             self.suspects.extend(lost)
-        self.start_worker()
+        self.start_workers()
 
     def _expire(self, timeout: float) -> None:
         """Gives those up that take too long, or that will never come."""

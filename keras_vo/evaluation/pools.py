@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import inspect
+import os
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,12 @@ _shut_down: weakref.WeakSet[futures.Executor] = weakref.WeakSet()
 _given_up: weakref.WeakKeyDictionary[futures.Executor, list[Any]] = (
     weakref.WeakKeyDictionary()
 )
+
+# Of executors of processes, the numbers of those that have begun.
+_begun: weakref.WeakKeyDictionary[futures.Executor, set[int]] = (
+    weakref.WeakKeyDictionary()
+)
+_PAUSE = 0.02  # seconds in which another process may take a task
 
 
 class Pool:
@@ -67,6 +75,28 @@ class Pool:
             self.replace()
             self._used = self._now()
             return self._used.submit(function, *args)
+
+    def start(
+        self, task: Callable[..., Any], count: int, seconds: float
+    ) -> None:
+        """Waits until processes have imported what a task needs.
+
+        Args:
+            task: that can be pickled.
+            count: of processes, where there are as many.
+            seconds: to wait.
+
+        Raises:
+            futures.BrokenExecutor, futures.TimeoutError: they can't begin.
+        """
+        end = time.monotonic() + seconds
+        count = min(count, self.workers or 1)
+        numbers = _begun.setdefault(self._now(), set())
+        while len(numbers) < count and time.monotonic() < end:
+            begun = [self.submit(_number, task) for _ in range(count)]
+            for future in begun:
+                left = max(end - time.monotonic(), 0.0)
+                numbers.add(future.result(left))
 
     @property
     def workers(self) -> int | None:
@@ -119,6 +149,13 @@ class Pool:
         if self._given not in _replaced:
             _end_with(self._given)
         _replaced[self._given] = new
+
+
+def _number(task: Callable[..., Any]) -> int:
+    """The number of the process that this runs in, which has the task."""
+    del task
+    time.sleep(_PAUSE)
+    return os.getpid()
 
 
 def _end_with(executor: futures.Executor) -> None:
